@@ -1,0 +1,59 @@
+"""What the user pays: bytes on disk, as a ratio, a size, or bits per weight."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that all weight files of the output may take together.
+
+    Attributes:
+        value: the number asked for.
+        unit: `ratio` of the input checkpoint's bytes; `bytes`; `bpw`, bits for each of the input's weights; or
+            `linears`, a ratio of the targeted layers alone, as papers count it, everything else kept.
+    """
+
+    value: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str | float | Budget) -> Budget:
+        """From `0.8`, `80MB`, `3.0bpw` or `0.8 linears`. Raises `ValueError` on anything else."""
+        if isinstance(text, Budget):
+            return text
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+        if match:
+            value, unit = float(match[1]), match[2].upper()
+            if unit in ("", "LINEARS") and 0 < value <= 1:
+                return cls(value, "linears" if unit else "ratio")
+            if unit == "BPW" and 0 < value <= 64:
+                return cls(value, "bpw")
+            if unit in UNITS and value * UNITS[unit] >= 1:
+                return cls(value * UNITS[unit], "bytes")
+        raise ValueError(f"cannot read the budget {text!r}: give a ratio (0.8), a size (80MB), bits per weight (3.0bpw) or a ratio of the linear layers alone ('0.8 linears')")  # fmt: skip # noqa: E501
+
+    def __str__(self) -> str:
+        if self.unit == "bytes":
+            return f"{self.value / 1e6:g}MB"
+        return {"ratio": f"{self.value:g}", "bpw": f"{self.value:g}bpw", "linears": f"{self.value:g} linears"}[self.unit]
+
+    def total(self, *, input_bytes: int, weights: int, target_bytes: int) -> int:
+        """Bytes for the whole output.
+
+        Args:
+            input_bytes: of the input's weight files, at the input's own dtype.
+            weights: number of the input's weights, tied ones once.
+            target_bytes: of the layers that may be compressed, within `input_bytes`.
+        """
+        if self.unit == "ratio":
+            return int(self.value * input_bytes)
+        if self.unit == "bpw":
+            return int(self.value * weights / 8)
+        if self.unit == "linears":
+            return int(input_bytes - (1 - self.value) * target_bytes)
+        return int(self.value)

@@ -1,0 +1,113 @@
+"""One pass over the calibration data, block by block: statistics of the model as it is, kept in a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eckart.calibration.collect import Collector, collect_gradients
+from eckart.calibration.store import OUTSIDE, StatisticsStore
+from eckart.calibration.stream import Progress, Stream
+from eckart.metrics.statistics import GRADIENT_SUMS, INPUT_SUMS, Statistics
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a method wants to be measured.
+
+    Attributes:
+        probes: block index (`OUTSIDE` for none) -> names of the modules whose inputs are summed.
+        needs: names of the sums.
+        labels: targets of the backward pass, `data` or `model`.
+        influence: whether 1 - mean cosine between what enters and what leaves each block is wanted.
+        gradient_samples: sequences in the backward pass.
+    """
+
+    probes: Mapping[int, Sequence[str]]
+    needs: frozenset[str]
+    labels: str = "data"
+    influence: bool = False
+    gradient_samples: int = 16
+
+    @property
+    def any(self) -> bool:
+        return bool(self.needs) or self.influence
+
+    @property
+    def gradients(self) -> bool:
+        return bool(self.needs & GRADIENT_SUMS)
+
+
+def calibrate(stream: Stream, request: Request, store: StatisticsStore, *, seed: int, progress: Progress) -> list[float]:  # fmt: skip # noqa: E501
+    """Fill `store` with what `request` asks for; blocks that it already holds are not run again.
+
+    Returns the influence of the blocks, where asked for. The stream must have been started.
+    """
+    total = len(stream.blocks)
+    for i in range(total):
+        if not store.has(i) or not stream.hidden(i + 1).path.exists() and not _later(store, i + 1, total):
+            _one_block(stream, request, store, i)
+        if not request.gradients and i > 0:
+            stream.hidden(i).path.unlink(missing_ok=True)
+        progress("calibrate", i + 1, total)
+    if request.probes.get(OUTSIDE) and not store.has(OUTSIDE):
+        _outside(stream, request, store)
+    if request.gradients and not store.has(0, "gradients"):
+        targets = {i: list(names) for i, names in request.probes.items() if i != OUTSIDE}
+        blocks = collect_gradients(
+            stream, targets, request.needs, request.labels, seed, request.gradient_samples, progress
+        )
+        for i, sums in blocks:
+            store.save(i, sums, {}, "gradients")
+    for i in range(1, total + 1):
+        stream.hidden(i).path.unlink(missing_ok=True)
+    return _influence(store, total) if request.influence else []
+
+
+def _later(store: StatisticsStore, index: int, total: int) -> bool:
+    """Whether the run that was cut off had gone on past block `index` - 1."""
+    return any(store.has(j) for j in range(index, total))
+
+
+def _one_block(stream: Stream, request: Request, store: StatisticsStore, index: int) -> None:
+    collector = Collector(request.needs)
+    cosines = Statistics()
+    names = request.probes.get(index, [])
+    with stream.subject.loaded(stream.blocks[index]), collector.hooked(stream.model, names):
+        stream.advance(
+            index,
+            before=lambda b: collector.next_batch(stream.mask(b)),
+            after=_cosine_sum(cosines, stream) if request.influence else None,
+        )
+    sums = dict(collector.sums)
+    if request.influence:
+        sums["influence"] = cosines
+    store.save(index, sums, collector.leaders)
+
+
+def _cosine_sum(into: Statistics, stream: Stream) -> Callable[[int, Tensor, Tensor], None]:
+    def add(batch: int, x: Tensor, y: Tensor) -> None:
+        mask = stream.mask(batch)
+        cosine = torch.cosine_similarity(x.float(), y.float(), dim=-1)[..., None]
+        into.add_inputs(cosine, frozenset({"x"}), mask)
+
+    return add
+
+
+def _influence(store: StatisticsStore, total: int) -> list[float]:
+    return [1.0 - float(store.of("influence", i).mean("x")) for i in range(total)]
+
+
+@torch.no_grad()
+def _outside(stream: Stream, request: Request, store: StatisticsStore) -> None:
+    """Statistics of the head and of other layers after (or before) the blocks."""
+    collector = Collector(request.needs & INPUT_SUMS)
+    names = request.probes[OUTSIDE]
+    with stream.subject.loaded(*stream.outside), collector.hooked(stream.model, names):
+        for b in range(len(stream.batches)):
+            collector.next_batch(stream.mask(b))
+            stream.finish(stream.hidden(len(stream.blocks)).read(stream.shapes, b), b)
+    store.save(OUTSIDE, collector.sums, collector.leaders)

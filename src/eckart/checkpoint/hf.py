@@ -1,0 +1,117 @@
+"""The transformers integration: after `import eckart`, `from_pretrained` loads what `compress` saved.
+
+A checkpoint's config.json has a `quantization_config` that lists, by name, the modules which stand where the model's
+own code would put others. The quantiser below puts them into the model's skeleton while it is still on the meta
+device, so the dense weights are never built; transformers then fills their tensors as any others.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from eckart.forms.layers import STAND_INS, StandIn, densify
+from eckart.registry import suggest
+
+METHOD = "eckart"
+FORMAT = 1
+MAX_MODULES = 100_000
+
+
+@register_quantization_config(METHOD)
+class EckartConfig(QuantizationConfigMixin):
+    """What stands where in a compressed model.
+
+    Args:
+        modules: module name -> spec of the stand-in (`kind`, `form`, `shape`, `bias`, ...).
+        tied: module name -> name of the module whose stand-in it shares.
+        history: what was applied, in order, with every setting and the versions.
+        format: version of this layout.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        tied: dict[str, str] | None = None,
+        history: list[dict[str, Any]] | None = None,
+        format: int = FORMAT,
+        **_: Any,
+    ):
+        self.quant_method = METHOD
+        self.modules, self.tied = modules or {}, tied or {}
+        self.history, self.format = history or [], format
+
+    def validate(self) -> None:
+        """Raise `ValueError` on anything that is not a list of stand-ins. A checkpoint's word is not trusted."""
+        if self.format != FORMAT:
+            raise ValueError(f"this checkpoint has format {self.format!r}; this version of eckart reads {FORMAT}")
+        if not isinstance(self.modules, dict) or len(self.modules) > MAX_MODULES:
+            raise ValueError("quantization_config.modules is not a table of modules")
+        for name, spec in self.modules.items():
+            if not isinstance(spec, dict) or not re.fullmatch(r"[\w.]+", name):
+                raise ValueError(f"quantization_config.modules[{name!r}] is not the description of a module")
+            if spec.get("kind") not in STAND_INS:
+                raise ValueError(f"{name}: unknown kind {spec.get('kind')!r}{suggest(str(spec.get('kind')), list(STAND_INS))}")  # fmt: skip # noqa: E501
+        if not isinstance(self.tied, dict) or not all(t in self.modules for t in self.tied.values()):
+            raise ValueError("quantization_config.tied names a module that is not in quantization_config.modules")
+
+
+@register_quantizer(METHOD)
+class EckartQuantizer(HfQuantizer):
+    """Builds the stand-ins that an `EckartConfig` lists."""
+
+    requires_calibration = True
+    quantization_config: EckartConfig
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        install(model, self.quantization_config, dtype)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        model.config.quantization_config = self.quantization_config
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return densify(model)
+
+
+def install(model: nn.Module, config: EckartConfig, dtype: torch.dtype) -> None:
+    """Put the stand-ins, without values, into a model's skeleton."""
+    config.validate()
+    for name, spec in config.modules.items():
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"the checkpoint describes {name}, which {type(model).__name__} does not have") from None
+    for name, spec in config.modules.items():
+        model.set_submodule(name, STAND_INS[spec["kind"]].from_spec(model, name, spec, dtype))
+    for name, other in config.tied.items():
+        tie(model, name, other)
+
+
+def tie(model: nn.Module, name: str, other: str) -> None:
+    """Let the stand-in at `name` hold the very matrix of the one at `other`."""
+    own, shared = model.get_submodule(name), model.get_submodule(other)
+    own.matrix = shared.matrix
+    keys = {f"{name}.matrix.{k}": f"{other}.matrix.{k}" for k, _ in shared.matrix.named_parameters()}
+    model._tied_weights_keys = {**{k: v for k, v in (getattr(model, "_tied_weights_keys", None) or {}).items() if not k.startswith(f"{name}.")}, **keys}  # fmt: skip # noqa: E501
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = dict(model._tied_weights_keys)
+
+
+def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The specs of all stand-ins in a model, by name: what `EckartConfig.modules` holds."""
+    return {name: module.spec() for name, module in model.named_modules() if isinstance(module, StandIn)}

@@ -1,0 +1,227 @@
+"""The main job: calibrate, plan, fit, part by part, over a model in memory or in a folder, killed and resumed at will."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eckart.allocation import Budget
+from eckart.calibration.calibrate import calibrate
+from eckart.calibration.collect import Collector
+from eckart.calibration.store import OUTSIDE, StatisticsStore
+from eckart.calibration.stream import Batch, Progress, Stream
+from eckart.calibration.subject import Subject, block_names, outside
+from eckart.checkpoint.folder import part_state
+from eckart.checkpoint.layout import Layout, layout_of
+from eckart.compression.plan import Layer, Plan
+from eckart.compression.recipe import Job, Method
+from eckart.compression.solve import Executor, Serial
+from eckart.metrics import Statistics
+from eckart.metrics.statistics import GRADIENT_SUMS
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+class Persistence:
+    """What a job keeps so that it can go on after being killed. This one keeps nothing."""
+
+    def load_plan(self) -> tuple[Plan, list[float]] | None:
+        return None
+
+    def save_plan(self, plan: Plan, influence: list[float]) -> None:
+        pass
+
+    def done(self, part: int) -> list[Layer] | None:
+        """The result of a part that was finished before."""
+        return None
+
+    def finish_part(self, part: int, layers: list[Layer]) -> None:
+        """A part of the model has been rewritten and is still loaded."""
+
+
+@dataclass
+class Run:
+    """What a job found: the plan, the layers as measured, and where the time went."""
+
+    plan: Plan
+    layers: list[Layer] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Engine:
+    """One job over one model.
+
+    Args:
+        subject: the model.
+        method: what to do.
+        budget: what it may take.
+        batches: calibration data; may be empty for methods that need none.
+        work: a folder for statistics and hidden states.
+        statistics: another folder to keep statistics in, so that other jobs on the same data use them again.
+    """
+
+    def __init__(
+        self, subject: Subject, method: Method, budget: Budget, batches: Sequence[Batch], work: Path, *,
+        seed: int = 0, executor: Executor | None = None, progress: Progress = silent,
+        statistics: Path | None = None, persistence: Persistence | None = None,
+    ):  # fmt: skip
+        self.subject, self.method, self.progress = subject, method, progress
+        self.model = subject.model
+        self.blocks = block_names(self.model)
+        self.batches = list(batches)
+        self.work, self.seed = work, seed
+        self.persistence = persistence or Persistence()
+        self.store = StatisticsStore(statistics or work / "statistics")
+        self.request = method.request(self.model, self.blocks)
+        self.seconds: dict[str, float] = {}
+        self.stream: Stream | None = None
+        self.job = Job(
+            subject=subject, blocks=self.blocks, budget=budget, statistics=self.store.of, influence=[],
+            layouts=part_layouts(subject, self.blocks), executor=executor or Serial(), progress=progress, seed=seed,
+        )  # fmt: skip
+
+    def plan(self) -> Plan:
+        """Calibrate where the method needs it, and decide. Nothing of the model is changed."""
+        found = self.persistence.load_plan()
+        if found is not None:
+            self.job.influence = found[1]
+            return found[0]
+        if self.request.any:
+            with self._timed("calibrate"):
+                self.job.influence = calibrate(
+                    self._started(), self.request, self.store, seed=self.seed, progress=self.progress
+                )
+        with self._timed("plan"), torch.no_grad():
+            plan = self.method.plan(self.job)
+        plan.peak_memory = self._peak_memory()
+        if self.method.sequential:
+            plan.seconds += 2 * self.seconds.get("calibrate", 0.0)
+        self.persistence.save_plan(plan, self.job.influence)
+        return plan
+
+    def fit(self, plan: Plan) -> Run:
+        """Change the model, part by part, as planned."""
+        run = Run(plan)
+        with self._timed("fit"):
+            for done, part in enumerate(self.job.parts):
+                layers = self.persistence.done(part)
+                if layers is None:
+                    layers = self._rewrite(plan, part)
+                run.layers += layers
+                self.progress("fit", done + 1, len(self.job.parts))
+        order = {layer.name: i for i, layer in enumerate(plan.layers)}
+        run.layers.sort(key=lambda layer: order.get(layer.name, len(order)))
+        run.seconds = dict(self.seconds)
+        return run
+
+    def _rewrite(self, plan: Plan, part: int) -> list[Layer]:
+        sequential = self.method.sequential and part != OUTSIDE
+        with self.subject.loaded(*self.job.module_names(part)):
+            if sequential:
+                self._collect(part)
+            with torch.no_grad():
+                layers = self.method.rewrite(self.job, plan, part)
+            if sequential:
+                self._advance(part)
+            self.persistence.finish_part(part, layers)
+        if sequential and part > 0:
+            self._started().hidden(part).path.unlink(missing_ok=True)
+        return layers
+
+    def _collect(self, part: int) -> None:
+        """Statistics of a block as it is, on what the compressed blocks before it put out."""
+        stream = self._started()
+        collector = Collector(self.request.needs)
+        with collector.hooked(self.model, self.request.probes.get(part, [])):
+            stream.advance(part, before=lambda b: collector.next_batch(stream.mask(b)), write=False)
+
+        def statistics(name: str, index: int) -> Statistics:
+            found = Statistics(dict(collector.of(name).sums))
+            if self.request.needs & GRADIENT_SUMS:
+                own = self.store.of(name, index).sums
+                kept = GRADIENT_SUMS | {"examples", "grad_tokens"}
+                found.sums.update({k: v for k, v in own.items() if k in kept})
+            return found
+
+        self.job.statistics = statistics
+
+    def _advance(self, part: int) -> None:
+        block = self.model.get_submodule(self.blocks[part])
+        stored = {k: p.dtype for k, p in block.named_parameters()}
+        block.float()
+        self._started().advance(part)
+        for name, parameter in block.named_parameters():
+            parameter.data = parameter.data.to(stored[name])
+
+    def _started(self) -> Stream:
+        if self.stream is None:
+            if not self.batches:
+                raise ValueError(f"{self.method.key or 'this method'} needs calibration data: give texts or batches")
+            folder = self.work / "hidden"
+            folder.mkdir(parents=True, exist_ok=True)
+            self.stream = Stream(self.subject, self.batches, folder, self.blocks)
+            self.stream.start()
+        return self.stream
+
+    def _peak_memory(self) -> int:
+        """The largest part in float32, with the sums over its inputs."""
+        parts = [sum(4 * torch.Size(shape).numel() for _, shape in layout.values()) for layout in self.job.layouts.values()]  # fmt: skip # noqa: E501
+        sums = [p.stat().st_size for p in self.store.folder.glob("*.safetensors")]
+        return 2 * max(parts, default=0) + 2 * max(sums, default=0)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Any:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def part_layouts(subject: Subject, blocks: list[str]) -> dict[int, Layout]:
+    """The tensors of every part as they are stored, tied ones once, without loading any."""
+    model = subject.model
+    tied = tied_names(model)
+    layouts: dict[int, Layout] = {}
+    for part in [*range(len(blocks)), OUTSIDE]:
+        names = outside_modules(model, blocks) if part == OUTSIDE else [blocks[part]]
+        layouts[part] = layout_of(part_state(model, names, tied, subject.storage_dtype))
+    return layouts
+
+
+def outside_modules(model: nn.Module, blocks: list[str]) -> list[str]:
+    """Names of the modules in no block that hold tensors of their own."""
+    return outside(model, blocks)
+
+
+def tied_names(model: nn.Module) -> set[str]:
+    """Names of parameters that are stored under another name."""
+    return set(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def run_in_memory(
+    model: nn.Module, method: Method, budget: Budget, batches: Sequence[Batch], **settings: Any
+) -> Run:
+    """Compress a model where it is."""
+    from eckart.calibration.subject import InMemory
+
+    training = model.training
+    model.eval()
+    with tempfile.TemporaryDirectory(prefix="eckart-") as work:
+        engine = Engine(InMemory(model), method, budget, batches, Path(work), **settings)
+        run = engine.fit(engine.plan())
+    model.train(training)
+    return run
+
+
+Watch = Callable[[str, int, int], None]

@@ -1,0 +1,236 @@
+"""What every compression method owes (`Method`), and the common case (`Recipe`): a form, a metric, an allocation."""
+
+from __future__ import annotations
+
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from eckart.allocation import Allocator, Budget, BudgetError, Problem, Uniform
+from eckart.calibration.calibrate import Request
+from eckart.calibration.store import OUTSIDE
+from eckart.calibration.subject import Subject
+from eckart.checkpoint.layout import Layout, file_bytes
+from eckart.compression.plan import Layer, Plan, join_notes, sample_spectrum
+from eckart.compression.solve import Executor, Task, curve, fit
+from eckart.forms import Curve, Dense, Form, LowRank, drop_in, parse
+from eckart.forms.layers import kind_of, matrix_of, matrix_shape
+from eckart.metrics import Metric, Plain, Statistics
+
+
+@dataclass
+class Job:
+    """What a method works with.
+
+    Attributes:
+        subject: the model, a part of which is loaded at a time.
+        blocks: names of its blocks.
+        budget: what was asked for.
+        statistics: (layer, part) -> statistics of the original model.
+        influence: of the blocks, where the method asked for it.
+        layouts: for every part (the blocks, then what lies outside) the tensors of the input, as they are stored.
+        executor: runs the work on layers.
+        progress: told (stage, done, total).
+        seed: of every random choice.
+    """
+
+    subject: Subject
+    blocks: list[str]
+    budget: Budget
+    statistics: Callable[[str, int], Statistics]
+    influence: list[float]
+    layouts: Mapping[int, Layout]
+    executor: Executor
+    progress: Callable[[str, int, int], None]
+    seed: int
+
+    @property
+    def model(self) -> nn.Module:
+        return self.subject.model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.subject.storage_dtype
+
+    @property
+    def parts(self) -> list[int]:
+        """The blocks in order, then what lies outside."""
+        return [*range(len(self.blocks)), OUTSIDE]
+
+    @property
+    def input_bytes(self) -> int:
+        """Of the input's weights, in this layout."""
+        return sum(file_bytes(layout) for layout in self.layouts.values())
+
+    def module_names(self, part: int) -> list[str]:
+        """The modules that make up a part."""
+        if part != OUTSIDE:
+            return [self.blocks[part]]
+        return [n for n in dict.fromkeys(k.rpartition(".")[0] for k in self.layouts[OUTSIDE])]
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to compress a model. Its dataclass fields are its hyperparameters."""
+
+    key: ClassVar[str] = ""
+
+    @property
+    def sequential(self) -> bool:
+        """Whether each block is fitted on what the compressed blocks before it put out."""
+        return False
+
+    @abstractmethod
+    def request(self, model: nn.Module, blocks: list[str]) -> Request:
+        """What must be measured first."""
+
+    @abstractmethod
+    def plan(self, job: Job) -> Plan:
+        """What to do with every layer. Nothing is changed."""
+
+    @abstractmethod
+    def rewrite(self, job: Job, plan: Plan, part: int) -> list[Layer]:
+        """Change one part of the model, which is loaded, as planned; returns its layers with their measured errors."""
+
+
+@dataclass(frozen=True)
+class Recipe(Method):
+    """One form for all targeted layers, fitted in one metric, its dials set by one allocator.
+
+    Args:
+        form: an open form; the budget closes it.
+        metric: which error counts.
+        allocation: how the budget is spread.
+        one_shot: fit all layers on statistics of the original model; otherwise block by block on the compressed one.
+        targets: regular expression that the names of targeted layers match in full; empty for all linear layers,
+            transformers' Conv1D and convolutions within the blocks.
+    """
+
+    form: Form = field(default_factory=LowRank)
+    metric: Metric = field(default_factory=Plain)
+    allocation: Allocator = field(default_factory=Uniform)
+    one_shot: bool = True
+    targets: str = ""
+
+    @property
+    def sequential(self) -> bool:
+        return not self.one_shot and bool(self.metric.needs)
+
+    def sites(self, model: nn.Module, blocks: list[str]) -> dict[int, list[str]]:
+        """Part -> names of the targeted layers."""
+        found: dict[int, list[str]] = {}
+        for name, module in model.named_modules():
+            kind = kind_of(module)
+            if kind is None or not self._targeted(name, kind, blocks):
+                continue
+            part = next((i for i, b in enumerate(blocks) if name == b or name.startswith(b + ".")), OUTSIDE)
+            found.setdefault(part, []).append(name)
+        if not found:
+            raise ValueError(f"no layer of {type(model).__name__} is targeted{f' by {self.targets!r}' if self.targets else ''}")  # fmt: skip # noqa: E501
+        return found
+
+    def _targeted(self, name: str, kind: str, blocks: list[str]) -> bool:
+        if self.targets:
+            return re.fullmatch(self.targets, name) is not None
+        inside = not blocks or any(name == b or name.startswith(b + ".") for b in blocks)
+        return inside and kind != "embedding"
+
+    def request(self, model: nn.Module, blocks: list[str]) -> Request:
+        needs = self.metric.needs
+        return Request(
+            probes=self.sites(model, blocks) if needs else {},
+            needs=needs,
+            labels=self.metric.labels,
+            influence=self.allocation.needs_influence,
+        )
+
+    def plan(self, job: Job) -> Plan:
+        started = time.perf_counter()
+        curves, layers = {}, {}
+        sites = self.sites(job.model, job.blocks)
+        for done, part in enumerate(job.parts):
+            names = sites.get(part, [])
+            with job.subject.loaded(*names):
+                tasks = [self._task(job, name, part, str(self.form)) for name in names]
+                for name, (found, note) in zip(names, job.executor.map(curve, tasks), strict=True):
+                    curves[name] = found
+                    layers[name] = self._layer(job, name, part, note)
+            job.progress("plan", done + 1, len(job.parts))
+        fixed = job.input_bytes - sum(layer.dense_bytes for layer in layers.values())
+        headers = 160 * len(layers)
+        biases = 0 if not self._adds_bias else sum(layer.shape[0] * job.dtype.itemsize for layer in layers.values())
+        total = job.budget.total(
+            input_bytes=job.input_bytes, weights=count_weights(job), target_bytes=job.input_bytes - fixed
+        )
+        problem = Problem(
+            curves,
+            total - fixed - headers - biases,
+            {name: layer.part for name, layer in layers.items() if layer.part != OUTSIDE},
+            job.influence,
+        )
+        if problem.smallest > problem.budget:
+            raise BudgetError(
+                f"the budget {job.budget} is {total} bytes; with {self.form} on these layers the smallest possible is "
+                f"{problem.smallest + total - problem.budget} bytes ({(problem.smallest + total - problem.budget) / job.input_bytes:.3f} of the input)"  # noqa: E501
+            )
+        choice = self.allocation.choose(problem)
+        planned = [self._planned(job, layers[name], curves[name], choice[name]) for name in layers]
+        after = fixed + sum(layer.bytes for layer in planned)
+        seconds = 1.2 * (time.perf_counter() - started)
+        return Plan(planned, job.input_bytes, after, total, seconds)
+
+    @property
+    def _adds_bias(self) -> bool:
+        return getattr(self.metric, "centred", False)
+
+    def _layer(self, job: Job, name: str, part: int, note: str | None) -> Layer:
+        module = job.model.get_submodule(name)
+        shape = matrix_shape(module)
+        nbytes = shape[0] * shape[1] * job.dtype.itemsize
+        return Layer(name, kind_of(module) or "", part, shape, str(Dense()), nbytes, nbytes, note=note)
+
+    def _planned(self, job: Job, layer: Layer, found: Curve, index: int) -> Layer:
+        form = found.forms[index]
+        dense = isinstance(form, Dense)
+        module = job.model.get_submodule(layer.name)
+        gains_bias = self._adds_bias and not dense and getattr(module, "bias", None) is None
+        return replace(
+            layer,
+            form=str(form),
+            bytes=found.nbytes[index] + (layer.shape[0] * job.dtype.itemsize if gains_bias else 0),
+            predicted_error=found.errors[index],
+            energy=found.energy,
+            spectrum=None if found.spectrum is None else sample_spectrum(found.spectrum),
+            note=join_notes(layer.note, "left dense: no smaller setting was worth it" if dense else None),
+        )
+
+    def _task(self, job: Job, name: str, part: int, form: str) -> Task:
+        matrix = matrix_of(job.model.get_submodule(name)).detach()
+        statistics = job.statistics(name, part) if self.metric.needs else Statistics()
+        return Task(name, matrix, form, self.metric, statistics, job.dtype)
+
+    def rewrite(self, job: Job, plan: Plan, part: int) -> list[Layer]:
+        layers = plan.of(part)
+        fitted = [layer for layer in layers if not isinstance(parse(layer.form), Dense)]
+        tasks = [self._task(job, layer.name, part, layer.form) for layer in fitted]
+        done = {layer.name: layer.measured(0.0) for layer in layers}
+        for layer, result in zip(fitted, job.executor.map(fit, tasks), strict=True):
+            module = job.model.get_submodule(layer.name)
+            bias: Tensor | None = getattr(module, "bias", None)
+            if result.bias_shift is not None:
+                bias = result.bias_shift if bias is None else bias.detach() + result.bias_shift.to(bias)
+            replacement = drop_in(module, result.module, None if bias is None else bias.detach().to(job.dtype))
+            job.model.set_submodule(layer.name, replacement.requires_grad_(False))
+            done[layer.name] = layer.measured(result.error, result.note)
+        return list(done.values())
+
+
+def count_weights(job: Job) -> int:
+    """Numbers in the input, tied ones once."""
+    return sum(torch.Size(shape).numel() for layout in job.layouts.values() for _, shape in layout.values())

@@ -1,0 +1,24 @@
+"""Forms: what a compressed matrix looks like, and the modules that hold the numbers."""
+
+from eckart.forms.algebra import Product, Sum
+from eckart.forms.base import FORMS, Curve, Factored, Form, as_form, parse
+from eckart.forms.dense import Dense
+from eckart.forms.diagonal import Diagonal
+from eckart.forms.layers import densify, drop_in
+from eckart.forms.low_rank import LowRank
+
+__all__ = [
+    "FORMS",
+    "Curve",
+    "Dense",
+    "Diagonal",
+    "Factored",
+    "Form",
+    "LowRank",
+    "Product",
+    "Sum",
+    "as_form",
+    "densify",
+    "drop_in",
+    "parse",
+]

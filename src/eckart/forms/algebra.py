@@ -1,0 +1,222 @@
+"""The two combinators: sums of forms, fitted term by term, and products, fitted factor by factor."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from eckart.forms.base import Factored, Form, Shape, check_shape
+from eckart.forms.dense import Dense, widths
+from eckart.linalg.svd import truncated_svd
+from eckart.linalg.weighting import PLAIN, Weighting, weighted_lstsq_left, weighted_lstsq_right
+
+SWEEPS, TOLERANCE, RUNGS = 30, 1e-5, 12
+
+
+class SumMatrix(Factored):
+    """The sum of its `terms`, all of one shape."""
+
+    def __init__(self, terms: list[Factored], form: Form):
+        super().__init__()
+        self.terms = nn.ModuleList(terms)
+        self.shape, self.form = terms[0].shape, form
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        y = self.terms[0](x)
+        for term in self.terms[1:]:
+            y = y + term(x)
+        return y
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        total = self._term(0).dense()
+        for i in range(1, len(self.terms)):
+            total = total + self._term(i).dense()
+        return total
+
+    def rows(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
+        return torch.stack([self._term(i).rows(ids) for i in range(len(self.terms))]).sum(0)
+
+    def flops(self, tokens: int) -> int:
+        added = tokens * self.shape[0] * (len(self.terms) - 1)
+        return added + sum(self._term(i).flops(tokens) for i in range(len(self.terms)))
+
+    def _term(self, i: int) -> Factored:
+        term = self.terms[i]
+        assert isinstance(term, Factored)
+        return term
+
+
+class ProductMatrix(Factored):
+    """left (out, k) @ right (k, in), never multiplied out in the forward pass."""
+
+    left: Factored
+    right: Factored
+
+    def __init__(self, left: Factored, right: Factored, form: Form):
+        super().__init__()
+        if left.shape[1] != right.shape[0]:
+            raise ValueError(f"{form}: the factors do not meet, {left.shape} @ {right.shape}")
+        self.left, self.right, self.form = left, right, form
+        self.shape = (left.shape[0], right.shape[1])
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        return self.left(self.right(x))
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return self.left.dense() @ self.right.dense()
+
+    def rows(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
+        return self.left.rows(ids) @ self.right.dense()
+
+    def flops(self, tokens: int) -> int:
+        return self.left.flops(tokens) + self.right.flops(tokens)
+
+
+@dataclass(frozen=True)
+class Sum(Form):
+    """a + b + ...: fitted by block coordinate descent, each term on what the others leave."""
+
+    terms: tuple[Form, ...]
+
+    def __post_init__(self) -> None:
+        flat = itertools.chain.from_iterable(t.terms if isinstance(t, Sum) else (t,) for t in self.terms)
+        object.__setattr__(self, "terms", tuple(flat))
+
+    def __str__(self) -> str:
+        return " + ".join(str(t) for t in self.terms)
+
+    @property
+    def open(self) -> bool:
+        return any(t.open for t in self.terms)
+
+    def ladder(self, shape: Shape) -> list[Form]:
+        per_term = max(2, round(64 ** (1 / max(1, sum(t.open for t in self.terms)))))
+        rungs = [thin(t.ladder(shape), per_term) for t in self.terms]
+        return [Sum(combination) for combination in itertools.product(*rungs)]
+
+    def build(self, shape: Shape, *, dtype: torch.dtype | None = None, device: str | None = None) -> SumMatrix:
+        return SumMatrix([t.build(shape, dtype=dtype, device=device) for t in self.terms], self)
+
+    def fit(
+        self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
+    ) -> SumMatrix:
+        fitted: list[Factored | None] = [None] * len(self.terms)
+        parts = [torch.zeros_like(matrix) for _ in self.terms]
+        best, before, energy = None, float("inf"), weighting.norm2(matrix)
+        for _ in range(SWEEPS):
+            for i, term in enumerate(self.terms):
+                rest = matrix - sum(p for j, p in enumerate(parts) if j != i)
+                fitted[i] = term.fit(rest, weighting, dtype=dtype)
+                parts[i] = fitted[i].dense().detach().to(matrix.dtype)  # type: ignore[union-attr]
+            error = weighting.norm2(matrix - sum(parts))
+            if best is None or error < before:
+                best = list(fitted)
+            if before - error <= TOLERANCE * energy:
+                break
+            before = error
+        return SumMatrix(best, self)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Product(Form):
+    """left @ right: fitted by alternating least squares from the truncated SVD of the weighted matrix.
+
+    Holding one factor fixed, the error in the other is its distance from the least-squares solution under the weight
+    that the fixed factor induces, so every leaf's own solver serves unchanged.
+    """
+
+    left: Form
+    right: Form
+
+    def __str__(self) -> str:
+        return " @ ".join(f"({f})" if isinstance(f, Sum) or f is self.right and isinstance(f, Product) else str(f)
+                          for f in (self.left, self.right))  # fmt: skip
+
+    @property
+    def open(self) -> bool:
+        return self._inner_if_closed((1, 1)) is None or self.left.open or self.right.open
+
+    def _inner_if_closed(self, shape: Shape) -> int | None:
+        left, right = self.left.inner(out=shape[0]), self.right.inner(in_=shape[1])
+        if left is not None and right is not None and left != right and shape != (1, 1):
+            raise ValueError(f"{self}: the factors do not meet on shape {shape}, {left} columns against {right} rows")
+        return left if left is not None else right
+
+    def inner(self, out: int | None = None, in_: int | None = None) -> int | None:
+        return self.right.inner() if out is not None else self.left.inner()
+
+    def ladder(self, shape: Shape) -> list[Form]:
+        inner = self._inner_if_closed(shape)
+        if inner is None:
+            if not isinstance(self.left, Dense) and not isinstance(self.right, Dense):
+                raise ValueError(f"{self}: no factor says how wide the product is inside; give one dense(width=..)")
+            rungs: list[Form] = []
+            for width in widths(shape):
+                narrow = Dense(width)
+                closed = Product(narrow, self.right) if isinstance(self.left, Dense) else Product(self.left, narrow)
+                rungs += closed.ladder(shape)
+            return rungs
+        lefts = thin(self.left.ladder((shape[0], inner)), RUNGS)
+        rights = thin(self.right.ladder((inner, shape[1])), RUNGS)
+        return [Product(left, right) for left, right in itertools.product(lefts, rights)]
+
+    def build(self, shape: Shape, *, dtype: torch.dtype | None = None, device: str | None = None) -> ProductMatrix:
+        check_shape(shape, self)
+        inner = self._closed_inner(shape)
+        left = self.left.build((shape[0], inner), dtype=dtype, device=device)
+        return ProductMatrix(left, self.right.build((inner, shape[1]), dtype=dtype, device=device), self)
+
+    def _closed_inner(self, shape: Shape) -> int:
+        inner = self._inner_if_closed(shape)
+        if inner is None:
+            raise ValueError(f"{self}: the width inside the product is open; give one, or a budget that decides it")
+        return inner
+
+    def fit(
+        self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
+    ) -> ProductMatrix:
+        out, in_ = matrix.shape
+        inner = self._closed_inner((out, in_))
+        W = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        X, Y = _start(W, inner, weighting)
+        best, before, energy = None, float("inf"), weighting.norm2(W)
+        for _ in range(SWEEPS):
+            right = self.right.fit(Y, weighting.through_left(X), dtype=dtype)
+            Y = right.dense().detach().to(W.dtype)
+            target = weighted_lstsq_left(Y, W, weighting).to(W.dtype)
+            left = self.left.fit(target, weighting.through_right(Y), dtype=dtype)
+            X = left.dense().detach().to(W.dtype)
+            error = weighting.norm2(W - X @ Y)
+            if best is None or error < before:
+                best = (left, right)
+            if before - error <= TOLERANCE * energy:
+                break
+            before = error
+            Y = weighted_lstsq_right(X, W, weighting).to(W.dtype)
+        assert best is not None
+        return ProductMatrix(*best, self)
+
+
+def _start(W: Float[Tensor, "out in"], inner: int, weighting: Weighting) -> tuple[Tensor, Tensor]:
+    """Factors to start from: the truncated SVD, or where the inside is wider, an identity beside the matrix."""
+    out, in_ = W.shape
+    if inner == in_ and inner != out:
+        return W, torch.eye(in_, dtype=W.dtype)
+    if inner >= out:
+        return torch.eye(out, inner, dtype=W.dtype), torch.nn.functional.pad(W, (0, 0, 0, inner - out))
+    U, S, Vh, *_ = truncated_svd(W, min(inner, out, in_))
+    root = S.sqrt()
+    X, Y = U * root, root[:, None] * Vh
+    pad = inner - X.shape[1]
+    return torch.nn.functional.pad(X, (0, pad)), torch.nn.functional.pad(Y, (0, 0, 0, pad))
+
+
+def thin(rungs: list[Form], count: int) -> list[Form]:
+    """At most `count` rungs, evenly chosen, both ends included."""
+    if len(rungs) <= count:
+        return rungs
+    return [rungs[round(i * (len(rungs) - 1) / (count - 1))] for i in range(count)]

@@ -1,0 +1,171 @@
+"""What every form owes: the two base classes `Form` (an expression without numbers) and `Factored` (the numbers)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from eckart.forms.language import Vocabulary
+from eckart.linalg.weighting import PLAIN, Weighting
+
+Shape = tuple[int, int]
+FORMS: Vocabulary[Form] = Vocabulary("form")
+
+
+class Factored(nn.Module, ABC):
+    """A matrix (out, in) held as an expression of cheap ones. Floating point factors are trainable parameters.
+
+    Attributes:
+        shape: (out, in).
+        form: the closed form that describes it; `form.build(shape)` makes an empty module of the same layout.
+    """
+
+    shape: Shape
+    form: Form
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """x Wᵀ."""
+
+    @abstractmethod
+    def dense(self) -> Float[Tensor, "out in"]:
+        """The matrix itself, formed."""
+
+    @abstractmethod
+    def flops(self, tokens: int) -> int:
+        """Multiply-adds, counted twice, of a forward pass over `tokens` rows."""
+
+    def rows(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
+        """Rows of the matrix, as an embedding looks them up."""
+        return self.dense()[ids]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+
+    def extra_repr(self) -> str:
+        return f"{self.form}, shape={self.shape}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a matrix costs and loses at each setting of a form's dials, cheapest first.
+
+    Attributes:
+        forms: the closed forms.
+        nbytes: stored bytes of each.
+        errors: squared error of each in the metric, same units as `energy`.
+        energy: squared norm of the whole matrix in the metric.
+        spectrum: all singular values of the weighted matrix, where the form truncates a spectrum.
+    """
+
+    forms: Sequence[Form]
+    nbytes: Sequence[int]
+    errors: Sequence[float]
+    energy: float
+    spectrum: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.forms)
+
+
+@dataclass(frozen=True)
+class Form(ABC):
+    """What an expression looks like, with no numbers in it: hashable, printable, parsed back by `parse`.
+
+    A dial that is `None` is open: a budget sets it.
+    """
+
+    def __str__(self) -> str:
+        return FORMS.print(self)
+
+    def __add__(self, other: Form) -> Form:
+        from eckart.forms.algebra import Sum
+
+        return Sum((self, other)) if isinstance(other, Form) else NotImplemented
+
+    def __matmul__(self, other: Form) -> Form:
+        from eckart.forms.algebra import Product
+
+        return Product(self, other) if isinstance(other, Form) else NotImplemented
+
+    @property
+    def open(self) -> bool:
+        """Whether some dial is left to the budget."""
+        return False
+
+    @abstractmethod
+    def ladder(self, shape: Shape) -> list[Form]:
+        """Closed forms from cheapest to dearest; a closed form is its own only rung."""
+
+    @abstractmethod
+    def build(self, shape: Shape, *, dtype: torch.dtype | None = None, device: str | None = None) -> Factored:
+        """An empty module of this form. Raises `ValueError` where the form does not fit the shape."""
+
+    @abstractmethod
+    def fit(
+        self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
+    ) -> Factored:
+        """The module of this form with the least || Lᵀ (matrix - module) R ||, its numbers stored as `dtype`."""
+
+    def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
+        """Bytes that `build(shape, dtype=dtype)` stores."""
+        return self.build(shape, dtype=dtype, device="meta").nbytes
+
+    def inner(self, out: int | None = None, in_: int | None = None) -> int | None:
+        """Width of the free side when this is a factor of a product with the other side given; None if it is free."""
+        return None
+
+    def curve(
+        self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
+    ) -> Curve:
+        """Cost and error at every rung of the ladder, by fitting each."""
+        shape = (matrix.shape[0], matrix.shape[1])
+        forms = self.ladder(shape)
+        errors = [weighting.norm2(matrix - f.fit(matrix, weighting, dtype=dtype).dense()) for f in forms]
+        nbytes = [f.nbytes(shape, dtype) for f in forms]
+        order = sorted(range(len(forms)), key=lambda i: (nbytes[i], errors[i]))
+        energy = weighting.norm2(matrix) if energy is None else energy
+        return Curve([forms[i] for i in order], [nbytes[i] for i in order], [errors[i] for i in order], energy)
+
+
+def parse(text: str) -> Form:
+    """The form that `text` describes, such as `low_rank(rank=32) + diagonal()`."""
+    return FORMS.parse(text)
+
+
+def as_form(form: Form | str) -> Form:
+    """A form, from itself or from its text."""
+    return form if isinstance(form, Form) else parse(form)
+
+
+def check_shape(shape: Shape, what: Form) -> None:
+    """Refuse shapes that no matrix has: a checkpoint's word is not trusted."""
+    out, in_ = shape
+    if out < 0 or in_ < 0 or out * in_ > 2**40:
+        raise ValueError(f"{what} cannot have shape {shape}")
+
+
+def spread(low: int, high: int, count: int) -> list[int]:
+    """At most `count` different integers from low to high, evenly spread in logarithm, both ends included."""
+    if high <= low:
+        return [high] if high >= 1 else []
+    steps = [low * (high / low) ** (i / (count - 1)) for i in range(count)]
+    return sorted({min(high, max(low, math.floor(s + 0.5))) for s in steps})
+
+
+def stored(t: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
+    """A parameter that keeps t at the storage dtype."""
+    return nn.Parameter(t.to(dtype or t.dtype).contiguous().clone())
+
+
+def empty(*size: int, dtype: torch.dtype | None, device: str | None) -> nn.Parameter:
+    """A parameter without values."""
+    return nn.Parameter(torch.empty(*size, dtype=dtype, device=device))

@@ -1,0 +1,69 @@
+"""The norm that a fit minimises: || Lᵀ Δ R ||, with weights on the outputs and on the inputs of a matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eckart.linalg.whitening import IdentityRoot, Root, psd_root
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Weights on both sides of an error Δ (out, in).
+
+    Attributes:
+        left: root L of the weight G = L Lᵀ (out, out) on outputs.
+        right: root R of the weight C = R Rᵀ (in, in) on inputs.
+        mean: (in,) mean input μ, when what the mean does to the output is to be moved into the bias: the weights then
+            describe the centred inputs, and the layer's bias gains (W - Ŵ) μ.
+    """
+
+    left: Root = field(default_factory=IdentityRoot)
+    right: Root = field(default_factory=IdentityRoot)
+    mean: Float[Tensor, " in"] | None = None
+
+    def apply(self, M: Float[Tensor, "out in"]) -> Float[Tensor, "a b"]:
+        """Lᵀ M R."""
+        return self.left.times(self.right.times(M).T).T
+
+    def norm2(self, M: Float[Tensor, "out in"]) -> float:
+        """|| Lᵀ M R ||²_F, in float64."""
+        return float(self.apply(M.double()).square().sum())
+
+    def unapply_left(self, M: Float[Tensor, "a k"]) -> Float[Tensor, "out k"]:
+        """L⁻ᵀ M."""
+        return self.left.over(M.T).T
+
+    def through_left(self, A: Float[Tensor, "out k"]) -> Weighting:
+        """The norm of Y in A Y: weight Aᵀ G A on its rows, the same on its columns."""
+        G = A.double().T @ self.left.gram(A.shape[0]).to(A.device) @ A.double()
+        return Weighting(psd_root(G, damping=1e-12, kind="eigen"), self.right)
+
+    def through_right(self, B: Float[Tensor, "k in"]) -> Weighting:
+        """The norm of X in X B: the same weight on its rows, B C Bᵀ on its columns."""
+        C = B.double() @ self.right.gram(B.shape[1]).to(B.device) @ B.double().T
+        return Weighting(self.left, psd_root(C, damping=1e-12, kind="eigen"))
+
+
+PLAIN = Weighting()
+
+
+def weighted_lstsq_right(
+    A: Float[Tensor, "out k"], W: Float[Tensor, "out in"], weighting: Weighting
+) -> Float[Tensor, "k in"]:
+    """argmin_Y || Lᵀ (W - A Y) R ||: the weight on inputs drops out."""
+    LA = weighting.left.times(A.double().T).T
+    LW = weighting.left.times(W.double().T).T
+    return torch.linalg.pinv(LA, rtol=1e-10) @ LW
+
+
+def weighted_lstsq_left(
+    B: Float[Tensor, "k in"], W: Float[Tensor, "out in"], weighting: Weighting
+) -> Float[Tensor, "out k"]:
+    """argmin_X || Lᵀ (W - X B) R ||: the weight on outputs drops out."""
+    BR, WR = weighting.right.times(B.double()), weighting.right.times(W.double())
+    return WR @ torch.linalg.pinv(BR, rtol=1e-10)

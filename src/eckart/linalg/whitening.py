@@ -1,0 +1,147 @@
+"""Square roots of positive semi-definite weights: how a metric acts on one side of a matrix.
+
+A weight C (n, n) on one side of a matrix enters every solver through some S with C = S Sᵀ. Solvers need two products
+only, `M S` and `M S⁻¹`, so a root may be an identity, a diagonal or a dense factor without anybody asking which.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Root(Protocol):
+    """S (n, k) with C = S Sᵀ (n, n)."""
+
+    def times(self, M: Float[Tensor, "m n"]) -> Float[Tensor, "m k"]:
+        """M S."""
+
+    def over(self, M: Float[Tensor, "m k"]) -> Float[Tensor, "m n"]:
+        """M S⁻¹ (the pseudo-inverse where S is singular)."""
+
+    def gram(self, n: int) -> Float[Tensor, "n n"]:
+        """C, dense, in float64."""
+
+
+class IdentityRoot:
+    """C = I: this side is not weighted."""
+
+    def times(self, M: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return M
+
+    def over(self, M: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return M
+
+    def gram(self, n: int) -> Float[Tensor, "n n"]:
+        return torch.eye(n, dtype=torch.float64)
+
+
+class DiagonalRoot:
+    """S = diag(d): every column has a weight of its own. d (n,) must be positive."""
+
+    def __init__(self, d: Float[Tensor, " n"]):
+        if not bool((d > 0).all()):
+            raise ValueError("a diagonal weight needs positive entries; damp it first (see `damped_diagonal`)")
+        self.d = d
+
+    def times(self, M: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return M * self.d.to(M)
+
+    def over(self, M: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return M / self.d.to(M)
+
+    def gram(self, n: int) -> Float[Tensor, "n n"]:
+        return torch.diag(self.d.double() ** 2)
+
+
+class TriangularRoot:
+    """S is a lower triangular Cholesky factor (n, n)."""
+
+    def __init__(self, S: Float[Tensor, "n n"]):
+        self.S = S
+
+    def times(self, M: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return M @ self.S.to(M)
+
+    def over(self, M: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return torch.linalg.solve_triangular(self.S, M.to(self.S), upper=False, left=False).to(M)
+
+    def gram(self, n: int) -> Float[Tensor, "n n"]:
+        return self.S.double() @ self.S.double().T
+
+
+class EigenRoot:
+    """S = Q diag(sqrt(values)), with Q (n, k) orthonormal: exact on a singular C, where k is its rank."""
+
+    def __init__(self, Q: Float[Tensor, "n k"], values: Float[Tensor, " k"]):
+        self.Q, self.scale = Q, values.sqrt()
+
+    def times(self, M: Float[Tensor, "m n"]) -> Float[Tensor, "m k"]:
+        return (M @ self.Q.to(M)) * self.scale.to(M)
+
+    def over(self, M: Float[Tensor, "m k"]) -> Float[Tensor, "m n"]:
+        return (M / self.scale.to(M)) @ self.Q.to(M).T
+
+    def gram(self, n: int) -> Float[Tensor, "n n"]:
+        S = self.Q.double() * self.scale.double()
+        return S @ S.T
+
+
+class Damped(UserWarning):
+    """A weight needed more damping than was asked for."""
+
+
+def damped_diagonal(d: Float[Tensor, " n"], damping: float) -> Float[Tensor, " n"]:
+    """max(d, damping * mean(d)): dead entries get a small weight instead of none. All-zero input gives ones."""
+    check_finite(d, "a diagonal weight")
+    d = d.double()
+    mean = float(d.mean()) if d.numel() else 0.0
+    return d.clamp_min(damping * mean) if mean > 0 else torch.ones_like(d)
+
+
+def psd_root(
+    C: Float[Tensor, "n n"], damping: float = 1e-6, kind: Literal["cholesky", "eigen"] = "cholesky", name: str = ""
+) -> Root:
+    """The root of C + damping * mean(diag C) * I, in float64.
+
+    Cholesky retries with ten times the damping while C is numerically indefinite, and warns with the damping that
+    worked (`Damped`). The eigen route drops the null space instead and never needs more.
+
+    Args:
+        C: (n, n), symmetric positive semi-definite up to rounding.
+        damping: relative to the mean of the diagonal; 0 is allowed.
+        kind: `cholesky` (fast) or `eigen` (exact on singular C).
+        name: what C belongs to, for messages.
+    """
+    check_finite(C, f"the covariance{' of ' + name if name else ''}")
+    C = C.double()
+    C = (C + C.T) / 2
+    n = C.shape[0]
+    scale = float(C.diagonal().mean()) if n else 0.0
+    if scale <= 0.0:
+        return IdentityRoot()
+    eye = torch.eye(n, dtype=C.dtype, device=C.device)
+    if kind == "eigen":
+        values, Q = torch.linalg.eigh(C + damping * scale * eye)
+        keep = values > values[-1] * n * torch.finfo(torch.float64).eps
+        return EigenRoot(Q[:, keep], values[keep])
+    tried = damping
+    while tried < 1.0:
+        S, info = torch.linalg.cholesky_ex(C + tried * scale * eye)
+        if int(info) == 0:
+            if tried > damping:
+                text = f"the covariance{' of ' + name if name else ''} is rank-deficient"
+                warnings.warn(f"{text}: damped by {tried:.0e} of its mean diagonal", Damped, stacklevel=2)
+            return TriangularRoot(S)
+        tried = max(tried * 10, 1e-12)
+    raise ValueError(f"the covariance{' of ' + name if name else ''} is not positive semi-definite (even damped by 1)")
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Raise `ValueError` naming `what` if x holds NaN or infinity."""
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{what} holds NaN or infinity")

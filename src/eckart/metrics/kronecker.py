@@ -1,0 +1,36 @@
+"""Errors as the loss sees them, to second order: weights on both sides (K-FAC, Martens and Grosse, arXiv 1503.05671)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from eckart.linalg.weighting import Weighting
+from eckart.linalg.whitening import psd_root
+from eckart.metrics.base import METRICS, Metric, covariance
+from eckart.metrics.statistics import Statistics
+
+
+@METRICS.word("kronecker")
+@dataclass(frozen=True)
+class Kronecker(Metric):
+    """|| Lᵀ (W - Ŵ) R ||_F with L Lᵀ = E[g gᵀ] of output gradients and R Rᵀ the covariance of inputs.
+
+    Half its square estimates the rise of the mean loss per token, in nats, so that errors of different layers can be
+    added up. Targets are sampled from the model, which makes the expectation the Fisher matrix of its predictions.
+
+    Args:
+        damping: of both covariances, relative to their mean diagonals.
+        centred: take the inputs about their mean, and let the bias carry what the mean loses.
+    """
+
+    damping: float = 1e-3
+    centred: bool = True
+
+    needs: ClassVar[frozenset[str]] = frozenset({"outer", "x", "grad_outer"})
+    labels: ClassVar[str] = "model"
+
+    def weighting(self, statistics: Statistics, where: str = "") -> Weighting:
+        C, mean = covariance(statistics, self.centred, where)
+        G = statistics.mean("grad_outer", where)
+        return Weighting(psd_root(G, self.damping, name=where), psd_root(C, 1e-9, name=where), mean)

@@ -1,0 +1,87 @@
+"""Sums over calibration data from which every metric is made. They add up: over batches, shards and workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+FLOAT64_WIDTH = 2048
+"""Outer products up to this width are summed in float64, wider ones in float32."""
+
+INPUT_SUMS = frozenset({"x", "abs", "square", "outer"})
+GRADIENT_SUMS = frozenset({"fisher_in", "fisher_out", "grad_outer"})
+
+
+@dataclass
+class Statistics:
+    """Sums over the rows that enter (and the gradients that leave) one matrix of shape (out, in).
+
+    Attributes:
+        sums: by name,
+            `tokens` () rows seen, `x` (in,) their sum, `abs` (in,) of absolute values, `square` (in,) of squares,
+            `outer` (in, in) of x xᵀ;
+            `examples` () sequences seen by the backward pass, `fisher_in` (in,) and `fisher_out` (out,) squared
+            per-example gradients summed over the other side, `grad_tokens` () and `grad_outer` (out, out) of g gᵀ,
+            g being the gradient of the summed loss with respect to one output row.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add_inputs(self, x: Float[Tensor, "*batch in"], needs: frozenset[str], mask: Bool[Tensor, "*batch"] | None = None) -> None:  # fmt: skip # noqa: E501
+        """Add the rows of x where `mask` holds."""
+        rows = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
+        rows = rows.detach().float()
+        self._add("tokens", torch.tensor(float(rows.shape[0]), dtype=torch.float64))
+        if "x" in needs:
+            self._add("x", rows.sum(0, dtype=torch.float64))
+        if "abs" in needs:
+            self._add("abs", rows.abs().sum(0, dtype=torch.float64))
+        if "square" in needs:
+            self._add("square", rows.square().sum(0, dtype=torch.float64))
+        if "outer" in needs:
+            self._add("outer", rows.T @ rows, wide=True)
+
+    def add_gradients(self, x: Float[Tensor, "*batch in"], g: Float[Tensor, "*batch out"], needs: frozenset[str]) -> None:  # fmt: skip # noqa: E501
+        """Add one example: inputs x of a layer and gradients g of the example's summed loss at its outputs."""
+        x, g = x.detach().reshape(-1, x.shape[-1]).float(), g.detach().reshape(-1, g.shape[-1]).float()
+        self._add("examples", torch.tensor(1.0, dtype=torch.float64))
+        if needs & {"fisher_in", "fisher_out"}:
+            squared = (g.T @ x).square()
+            self._add("fisher_in", squared.sum(0, dtype=torch.float64))
+            self._add("fisher_out", squared.sum(1, dtype=torch.float64))
+        if "grad_outer" in needs:
+            self._add("grad_tokens", torch.tensor(float(g.shape[0]), dtype=torch.float64))
+            self._add("grad_outer", g.T @ g, wide=True)
+
+    def _add(self, name: str, value: Tensor, wide: bool = False) -> None:
+        if wide and value.shape[0] <= FLOAT64_WIDTH:
+            value = value.double()
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = value.clone()
+
+    def merge(self, other: Statistics) -> None:
+        """Add the sums of another shard of the data."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+
+    def all_reduce(self) -> None:
+        """Add up over the processes of torch.distributed, which must hold sums of the same names."""
+        for name in sorted(self.sums):
+            torch.distributed.all_reduce(self.sums[name])
+
+    def mean(self, name: str, where: str = "") -> Tensor:
+        """The sum called `name`, divided by what it counts. Raises `ValueError` that says what was not collected."""
+        counter = {"grad_outer": "grad_tokens", "fisher_in": "examples", "fisher_out": "examples"}.get(name, "tokens")
+        if name not in self.sums or counter not in self.sums or float(self.sums[counter]) == 0:
+            raise ValueError(f"{where or 'a layer'} has no statistics {name!r}: calibrate on data that reaches it")
+        return self.sums[name] / self.sums[counter].to(self.sums[name].dtype)
+
+    @property
+    def tokens(self) -> int:
+        """Rows seen."""
+        return int(self.sums["tokens"]) if "tokens" in self.sums else 0
