@@ -1,1 +1,43 @@
-"""eckart"""
+"""eckart: make neural networks small by decomposition.
+
+A big matrix is written as an expression of cheap ones, fitted against an error that matters, under a budget shared by
+the whole model. Importing this package lets transformers load what it saved.
+"""
+
+__version__ = "0.1.0"
+
+from eckart.checkpoint.hf import EckartConfig
+from eckart.compression import Compressed, Result, compress, compress_to
+from eckart.forms import Dense, Diagonal, Form, LowRank, Product, Sum, densify, parse
+from eckart.metrics import (
+    ActivationDiagonal,
+    FisherRows,
+    InputCovariance,
+    Kronecker,
+    OutputCovariance,
+    Plain,
+)
+from eckart.verbs import fit
+
+__all__ = [
+    "ActivationDiagonal",
+    "Compressed",
+    "Dense",
+    "Diagonal",
+    "EckartConfig",
+    "FisherRows",
+    "Form",
+    "InputCovariance",
+    "Kronecker",
+    "LowRank",
+    "OutputCovariance",
+    "Plain",
+    "Product",
+    "Result",
+    "Sum",
+    "compress",
+    "compress_to",
+    "densify",
+    "fit",
+    "parse",
+]

@@ -69,7 +69,7 @@ def config(name: str) -> tf.PreTrainedConfig:
     return cls(**settings)
 
 
-def build(name: str, device: str = "cpu", auto: Any = None) -> nn.Module:
+def build(name: str, device: str = "cpu", auto: Any = None) -> Any:
     """The model of that name with its usual head, or of the auto class given; every parameter random."""
     usual = {
         "bert": tf.AutoModelForMaskedLM,
@@ -98,7 +98,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Case:
-    model: nn.Module
+    model: Any
     anatomy: Anatomy
     trace: Trace
 
@@ -106,14 +106,14 @@ class Case:
         return self.model.get_submodule(name)
 
 
-def inputs(model: nn.Module) -> dict[str, Tensor]:
+def inputs(model: Any) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     if model.config.model_type == "vit":
         return {"pixel_values": torch.randn(2, 3, 12, 12, generator=generator)}
     return {"input_ids": torch.randint(3, VOCABULARY, (2, TOKENS), generator=generator)}
 
 
-def trace(model: nn.Module) -> Trace:
+def trace(model: Any) -> Trace:
     record = Trace({}, {})
 
     def hook(name: str) -> Any:

@@ -83,7 +83,8 @@ def test_slices_rotation_and_scale_rebuild_attention(name: str) -> None:
 
 @torch.no_grad()
 def test_mpnet_attends_with_its_position_bias() -> None:
-    case = captured_mpnet()
+    model = build("mpnet")
+    case = Case(model, anatomy(model), trace(model))
     bias = case.module("mpnet.encoder").compute_position_bias(torch.zeros(2, 7, 32))
     assert case.anatomy.position_bias == "mpnet.encoder.relative_attention_bias"
     for block in case.anatomy.blocks:
@@ -91,11 +92,6 @@ def test_mpnet_attends_with_its_position_bias() -> None:
         q, k, v = (heads(case, p, a.head_dim) for p in (a.q, a.k, a.v))
         output = (a.scale * q @ k.mT + bias).softmax(-1) @ v
         torch.testing.assert_close(case.trace.rows(a.o.module), output.transpose(1, 2).flatten(2).flatten(0, -2))
-
-
-def captured_mpnet() -> Case:
-    model = build("mpnet")
-    return Case(model, anatomy(model), trace(model))
 
 
 def test_the_scale_follows_the_config() -> None:

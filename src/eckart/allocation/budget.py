@@ -40,7 +40,9 @@ class Budget:
     def __str__(self) -> str:
         if self.unit == "bytes":
             return f"{self.value / 1e6:g}MB"
-        return {"ratio": f"{self.value:g}", "bpw": f"{self.value:g}bpw", "linears": f"{self.value:g} linears"}[self.unit]
+        return {"ratio": f"{self.value:g}", "bpw": f"{self.value:g}bpw", "linears": f"{self.value:g} linears"}[
+            self.unit
+        ]
 
     def total(self, *, input_bytes: int, weights: int, target_bytes: int) -> int:
         """Bytes for the whole output.

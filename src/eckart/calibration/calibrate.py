@@ -10,7 +10,8 @@ from torch import Tensor
 
 from eckart.calibration.collect import Collector, collect_gradients
 from eckart.calibration.store import OUTSIDE, StatisticsStore
-from eckart.calibration.stream import Progress, Stream
+from eckart.calibration.stream import Stream
+from eckart.downloads import Progress
 from eckart.metrics.statistics import GRADIENT_SUMS, INPUT_SUMS, Statistics
 
 

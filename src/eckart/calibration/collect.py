@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.calibration.stream import Progress, Stream
+from eckart.calibration.stream import Stream
+from eckart.downloads import Progress
 from eckart.metrics.statistics import GRADIENT_SUMS, INPUT_SUMS, Statistics
 
 

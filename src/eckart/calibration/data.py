@@ -7,7 +7,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,12 +150,12 @@ def token_batches(
     if padding not in ("error", "allow"):
         raise ValueError(f"padding must be 'error' or 'allow', not {padding!r}")
     entries = iter(texts)
-    first = next(entries, None)
-    if first is None:
+    head = list(islice(entries, 1))
+    if not head:
         raise ValueError("the data are empty: there is not one document in them")
-    entries = chain([first], entries)
+    entries = chain(head, entries)
     pad = getattr(tokenizer, "pad_token_id", None) or 0
-    if isinstance(first, Mapping):
+    if isinstance(head[0], Mapping):
         return _rows(entries, samples, length, pad, padding)
     before, after = _special_tokens(tokenizer)
     body = length - len(before) - len(after)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from eckart.calibration.subject import Subject, block_names, outside
 
 Batch = dict[str, Any]
-Progress = Callable[[str, int, int], None]
 
 
 class HiddenStates:
@@ -45,7 +44,9 @@ class HiddenStates:
         count = int(np.prod(shapes[index]))
         data = np.fromfile(self.path, dtype=np.float32, count=count, offset=4 * start)
         if data.size != count:
-            raise ValueError(f"{self.path} is shorter than the calibration data it should hold: delete it and run again")
+            raise ValueError(
+                f"{self.path} is shorter than the calibration data it should hold: delete it and run again"
+            )
         return torch.from_numpy(data).view(shapes[index])
 
 

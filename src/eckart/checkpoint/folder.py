@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from eckart.checkpoint.layout import Layout, file_bytes, layout_of, save_json, save_tensors
-from eckart.checkpoint.reader import WeightReader
+from eckart.checkpoint.reader import WeightReader, read_header
 from eckart.checkpoint.source import Source
 
 
@@ -140,9 +140,9 @@ class Output:
         index: dict[str, str] = {}
         total = 0
         for part in range(self.parts):
-            reader = WeightReaderOfFile(self.path(part))
-            index.update(dict.fromkeys(reader.names(), self.path(part).name))
-            total += reader.nbytes
+            entries = read_header(self.path(part))
+            index.update(dict.fromkeys(entries, self.path(part).name))
+            total += sum(entry.nbytes for entry in entries.values())
         if self.parts > 1:
             table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
             save_json(table, self.work / "model.safetensors.index.json")
@@ -152,22 +152,6 @@ class Output:
         for name, text in files.items():
             (self.work / name).write_text(text, encoding="utf-8")
         self.work.rename(out)
-
-
-class WeightReaderOfFile:
-    """Names and bytes of one safetensors file."""
-
-    def __init__(self, path: Path):
-        from eckart.checkpoint.reader import read_header
-
-        self._entries = read_header(path)
-
-    def names(self) -> list[str]:
-        return list(self._entries)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(e.nbytes for e in self._entries.values())
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

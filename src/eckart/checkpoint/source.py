@@ -16,7 +16,7 @@ import torch
 from eckart.checkpoint.reader import WeightReader, weight_files
 from eckart.downloads import Progress, build_once, package_file, silent
 
-__all__ = ["BUILTIN", "Source", "WeightReader", "resolve", "weight_files"]
+__all__ = ["BUILTIN", "Source", "WeightReader", "no_bars", "resolve", "weight_files"]
 
 BUILTIN = "smollm2-135m"
 BUILTIN_NAMES = (BUILTIN, "builtin")
@@ -122,7 +122,7 @@ def _dequantise(gguf: Path, target: Path, progress: Progress) -> None:
     if hasattr(transformers, "GgufConfig"):
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
     progress("convert", 0, 2)
-    with _quiet_transformers():
+    with no_bars():
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             progress("convert", 1, 2)
@@ -137,8 +137,9 @@ def _dequantise(gguf: Path, target: Path, progress: Progress) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    with no_bars():
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
     progress("convert", 2, 2)
 
 
@@ -160,8 +161,8 @@ def _hub(name: str, progress: Progress) -> Path:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Progress goes to our own callback: no bars on the terminal."""
+def no_bars() -> Iterator[None]:
+    """No progress bars of transformers on the terminal within the context: progress goes to callbacks."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

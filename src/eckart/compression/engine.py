@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +17,16 @@ from eckart.allocation import Budget
 from eckart.calibration.calibrate import calibrate
 from eckart.calibration.collect import Collector
 from eckart.calibration.store import OUTSIDE, StatisticsStore
-from eckart.calibration.stream import Batch, Progress, Stream
-from eckart.calibration.subject import Subject, block_names, outside
+from eckart.calibration.stream import Batch, Stream
+from eckart.calibration.subject import InMemory, Subject, block_names, outside
 from eckart.checkpoint.folder import part_state
 from eckart.checkpoint.layout import Layout, layout_of
 from eckart.compression.plan import Layer, Plan
 from eckart.compression.recipe import Job, Method
 from eckart.compression.solve import Executor, Serial
+from eckart.downloads import Progress, silent
 from eckart.metrics import Statistics
 from eckart.metrics.statistics import GRADIENT_SUMS
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 class Persistence:
@@ -194,14 +191,9 @@ def part_layouts(subject: Subject, blocks: list[str]) -> dict[int, Layout]:
     tied = tied_names(model)
     layouts: dict[int, Layout] = {}
     for part in [*range(len(blocks)), OUTSIDE]:
-        names = outside_modules(model, blocks) if part == OUTSIDE else [blocks[part]]
+        names = outside(model, blocks) if part == OUTSIDE else [blocks[part]]
         layouts[part] = layout_of(part_state(model, names, tied, subject.storage_dtype))
     return layouts
-
-
-def outside_modules(model: nn.Module, blocks: list[str]) -> list[str]:
-    """Names of the modules in no block that hold tensors of their own."""
-    return outside(model, blocks)
 
 
 def tied_names(model: nn.Module) -> set[str]:
@@ -209,12 +201,8 @@ def tied_names(model: nn.Module) -> set[str]:
     return set(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def run_in_memory(
-    model: nn.Module, method: Method, budget: Budget, batches: Sequence[Batch], **settings: Any
-) -> Run:
+def run_in_memory(model: nn.Module, method: Method, budget: Budget, batches: Sequence[Batch], **settings: Any) -> Run:
     """Compress a model where it is."""
-    from eckart.calibration.subject import InMemory
-
     training = model.training
     model.eval()
     with tempfile.TemporaryDirectory(prefix="eckart-") as work:
@@ -222,6 +210,3 @@ def run_in_memory(
         run = engine.fit(engine.plan())
     model.train(training)
     return run
-
-
-Watch = Callable[[str, int, int], None]

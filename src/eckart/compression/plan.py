@@ -103,8 +103,6 @@ def sample_spectrum(values: torch.Tensor, count: int = 32) -> list[float]:
 def total_error(layers: Iterable[Layer], name: str) -> float | None:
     """Mean over layers of the relative squared error called `name`; None where nothing is known."""
     known = [
-        getattr(layer, name) / layer.energy
-        for layer in layers
-        if getattr(layer, name) is not None and layer.energy
+        getattr(layer, name) / layer.energy for layer in layers if getattr(layer, name) is not None and layer.energy
     ]
     return sum(known) / len(known) if known else None

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from eckart.calibration.tokens import Tokens
-from eckart.checkpoint.source import resolve
+from eckart.checkpoint.source import no_bars, resolve
 from eckart.downloads import Progress, silent
 from eckart.evaluation.agreement import agreement
 from eckart.evaluation.memory import PeakMemory, model_bytes
@@ -144,7 +144,8 @@ def _open(
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else source.dtype
     progress("load", 0, 1)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).to(device)
+    with no_bars():
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype).to(device)
     progress("load", 1, 1)
     return loaded, source.bytes
 

@@ -18,7 +18,7 @@ def run_lm_eval(
     batch_size: int = 1,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Results of lm-eval's tasks: task -> metric -> value.
+    """Results of lm-eval's tasks: task -> metric -> value (on the first of several processes, nothing on the others).
 
     Args:
         tasks: names that lm-eval knows, such as "arc_easy".
@@ -47,4 +47,4 @@ def run_lm_eval(
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
-    return dict(results["results"])
+    return {} if results is None else dict(results["results"])

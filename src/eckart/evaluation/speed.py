@@ -59,7 +59,7 @@ class Speed:
     flops_per_token: float
 
     def bandwidth_fraction(self, machine: Machine) -> float:
-        """Share of the machine's bandwidth that reading weights takes when decoding (cache and activations not counted)."""
+        """Share of the machine's bandwidth that reading weights takes when decoding (nothing else is counted)."""
         return 1e-9 * self.bytes_per_token * self.decode_tokens_per_second / machine.bandwidth_gb_s
 
     def flops_fraction(self, machine: Machine) -> float:

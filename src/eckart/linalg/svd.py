@@ -164,7 +164,7 @@ def _decompose(A: Tensor, rank: int, purpose: Purpose, route: Route, seed: int) 
     """U (m, r), S (r,) and V (n, r) of a tall A, by the route asked for or the first that is accurate enough."""
     if route == "exact":
         return _exact(A, rank), "exact"
-    if route == "randomized" or (route == "auto" and purpose == "factors" and _randomized_pays(*A.shape, rank)):
+    if route == "randomized" or (route == "auto" and purpose == "factors" and _randomized_pays(A, rank)):
         factors = _randomized(A, rank, seed)
         if factors is not None:
             return factors, "randomized"
@@ -172,7 +172,7 @@ def _decompose(A: Tensor, rank: int, purpose: Purpose, route: Route, seed: int) 
     for dtype in (torch.float32, torch.float64) if narrow and purpose == "factors" else (torch.float64,):
         # Below its floor a float64 Gram matrix is still more accurate than LAPACK in float32.
         good_enough = dtype == torch.float64 and (narrow or route == "gram")
-        factors = _gram(A.to(dtype), rank, 0.0 if good_enough else _GRAM_FLOOR[dtype])
+        factors = _gram(A, rank, dtype, checked=not good_enough)
         if factors is not None:
             return factors, "gram"
     return _exact(A, rank), "exact"
@@ -188,26 +188,36 @@ def _lower_gram(A: Float[Tensor, "m n"], block: int = 256) -> Float[Tensor, "n n
     return G
 
 
-def _gram(A: Tensor, rank: int, floor: float) -> Triple | None:
-    """By the eigenvectors V of A^T A; None when the values kept are lost in the Gram matrix's rounding.
+def _gram(A: Tensor, rank: int, dtype: torch.dtype, *, checked: bool) -> Triple | None:
+    """By the eigenvectors V of A^T A in `dtype`; when checked, None where that type's rounding does harm.
 
-    U comes from a QR of A V_r, so that it is orthonormal whatever the spectrum, and S is the diagonal of U^T A V_r.
+    U comes from a QR of A V_r, so that it is orthonormal whatever the spectrum. The diagonal of R = U^T A V_r is more
+    accurate than the roots of the eigenvalues, unless those come from a wider type than A's; what is off the diagonal
+    is lost, and must be small beside the truncation error.
     """
     try:
-        values, V = torch.linalg.eigh(_lower_gram(A))
+        eigenvalues, V = torch.linalg.eigh(_lower_gram(A.to(dtype)))
     except torch.linalg.LinAlgError:
         return None
-    S = values[-rank:].flip(0).clamp(min=0).sqrt()
-    if S[-1] < floor * S[0]:
+    S = eigenvalues[-rank:].flip(0).clamp(min=0).sqrt()
+    if checked and S[-1] < _GRAM_FLOOR[dtype] * S[0]:
         return None
-    V = V[:, -rank:].flip(1)
+    V = V[:, -rank:].flip(1).to(A.dtype)
     U, R = orthonormalise(A @ V)
-    S, order = R.diagonal().sort(descending=True, stable=True)
-    return U[:, order], S, V[:, order]
+    if checked:
+        energy = _energy(A)
+        lost, rest = _energy(R.triu(1)), max(energy - _energy(R.diagonal()), 0.0)
+        if lost > 1e-4 * rest + (8 * torch.finfo(A.dtype).eps) ** 2 * energy:
+            return None
+    if dtype == A.dtype:
+        S, order = R.diagonal().sort(descending=True, stable=True)
+        U, V = U[:, order], V[:, order]
+    return U, S, V
 
 
-def _randomized_pays(m: int, n: int, rank: int) -> bool:
+def _randomized_pays(A: Float[Tensor, "m n"], rank: int) -> bool:
     """Whether eight power steps cost less than half of the Gram route, in operations weighed by measured speed."""
+    m, n = A.shape
     k = _block_width(n, rank)
     step = 4 * m * n * k + 9 * (m + n) * k * k
     return rank < n / 10 and 8 * step < (m * n * n + 12 * n**3) / 2
@@ -224,7 +234,7 @@ def _randomized(A: Tensor, rank: int, seed: int) -> Triple | None:
     is still to come is extrapolated from the last gain at the slower of two rates: the one observed, and the one that
     the Ritz values promise for the last direction kept, (s_k / s_r)^4.
     """
-    energy = float(torch.linalg.vector_norm(A, dtype=torch.float64)) ** 2
+    energy = _energy(A)
     resolution = torch.finfo(A.dtype).eps * energy
     k = _block_width(A.shape[1], rank)
     V = random_basis(A.shape[1], k, seed, A)
@@ -259,10 +269,15 @@ def _exact(A: Tensor, rank: int) -> Triple:
     return U[:, :rank], S[:rank], Vh[:rank].mT
 
 
+def _energy(A: Tensor) -> float:
+    """||A||_F^2, summed in float64."""
+    return float(torch.linalg.vector_norm(A, dtype=torch.float64)) ** 2
+
+
 def _error(A: Tensor, U: Tensor, S: Tensor, V: Tensor) -> float:
     """||A - U diag(S) V^T||_F; see `TruncatedSVD.error`."""
-    energy = float(torch.linalg.vector_norm(A, dtype=torch.float64)) ** 2
-    rest = energy - float(S.double().square().sum())
+    energy = _energy(A)
+    rest = energy - _energy(S)
     if rest > _IDENTITY_FLOOR[A.dtype] * energy:
         return math.sqrt(rest)
     return float(torch.linalg.vector_norm(A - (U * S) @ V.mT, dtype=torch.float64))

@@ -32,7 +32,7 @@ class Axis:
         low, high = (min(kept), max(kept)) if kept else (0.0, 1.0)
         if zero:
             low, high = min(low, 0.0), max(high, 0.0)
-        if low == high:
+        if high - low <= 1e-9 * max(abs(low), abs(high)):
             low, high = (0.0, 1.0) if low == 0 else (low - 0.1 * abs(low), high + 0.1 * abs(high))
         step = _step(high - low, 5)
         return cls(step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9), False, label)
@@ -42,7 +42,7 @@ class Axis:
         if self.log:
             if value <= 0:
                 raise ValueError(f"{value} has no place on a logarithmic axis.")
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self, most: int = 6) -> list[float]:

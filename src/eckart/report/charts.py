@@ -63,7 +63,8 @@ def bytes_by_projection(layers: Sequence[Layer]) -> str:
         group = [layer for layer in layers if layer.projection == kind]
         kept = sum(layer.bytes or 0.0 for layer in group)
         dense = sum(layer.dense_bytes or 0.0 for layer in group)
-        rows.append((names[kind], kept, f"{size(kept)} of {size(dense)}"))
+        factor, unit = byte_unit(dense)
+        rows.append((names[kind], kept, f"{significant(kept / factor)} of {significant(dense / factor)} {unit}"))
         whole.append(dense)
     return bars(rows, title="Bytes kept by projection type", whole=whole) if any(whole) else ""
 
@@ -129,17 +130,26 @@ def error_panels(layers: Sequence[Layer]) -> str:
         return ""
     values = [value for x in inside for value in (x.predicted, x.measured) if value is not None]
     numbers = blocks(inside)
-    x, y = _block_axis(numbers), Axis.around(values, zero=True)
+    place = {number: index for index, number in enumerate(numbers)}
+    x, y = Axis(-0.5, len(numbers) - 0.5), Axis.around(values, zero=True)
+    ends = [float(index) for index in dict.fromkeys((0, len(numbers) // 2, len(numbers) - 1))]
     panels, kinds = [], projections(inside)
     names = short_names(kinds)
     for kind in kinds:
-        chart = Chart(x, y, title=f"Relative error of {kind} over blocks", height=110, x_ticks=_ends(numbers))
-        group = sorted((x for x in inside if x.projection == kind), key=lambda layer: layer.block or 0)
-        chart.line(_mean_by_block(group), "var(--reference)")
+        chart = Chart(
+            x,
+            y,
+            title=f"Relative error of {kind} over blocks",
+            height=110,
+            x_ticks=ends,
+            x_format=lambda index: str(numbers[round(index)]),
+        )
+        group = [layer for layer in inside if layer.projection == kind]
+        chart.line([(place[block], mean) for block, mean in _mean_by_block(group)], "var(--reference)")
         for layer in group:
-            if layer.measured is not None:
+            if layer.block is not None and layer.measured is not None:
                 tip = f"{layer.name}: predicted {significant(layer.predicted)}, measured {significant(layer.measured)}"
-                chart.dot(layer.block or 0, layer.measured, "var(--accent)", tip=tip)
+                chart.dot(place[layer.block], layer.measured, "var(--accent)", tip=tip)
         panels.append(figure(names[kind], chart.render()))
     key = [
         ('<path d="M-7 0H7" stroke="var(--reference)" stroke-width="2"/>', "predicted"),
@@ -154,7 +164,7 @@ def spectra(layers: Sequence[Layer]) -> str:
     if not inside:
         return ""
     numbers = blocks(inside)
-    first, last = numbers[0], numbers[-1]
+    place = {number: index / max(len(numbers) - 1, 1) for index, number in enumerate(numbers)}
     lowest = min(max(value, FLOOR) for layer in inside for value in layer.spectrum)
     highest = max(max(value, FLOOR) for layer in inside for value in layer.spectrum)
     y = Axis.around([lowest, highest], log=True)
@@ -165,9 +175,10 @@ def spectra(layers: Sequence[Layer]) -> str:
             Axis(0, 1), y, title=f"Spectra of {kind}", height=130, x_ticks=[0, 0.5, 1], x_format=lambda v: f"{v:.0%}"
         )
         cuts = []
-        for layer in (x for x in inside if x.projection == kind):
-            depth = ((layer.block or 0) - first) / max(last - first, 1)
-            colour = _depth(depth)
+        for layer in inside:
+            if layer.block is None or layer.projection != kind:
+                continue
+            colour = _depth(place[layer.block])
             heights = [max(value, FLOOR) for value in layer.spectrum]
             chart.line([(i / (len(heights) - 1), value) for i, value in enumerate(heights)], colour, width=1.25)
             if layer.kept_rank is not None and 0 < layer.kept_rank < 1:
@@ -176,8 +187,8 @@ def spectra(layers: Sequence[Layer]) -> str:
             chart.dot(kept, value, colour, radius=3, tip=f"{layer.name}: rank {layer.rank}, {percent(kept)} kept")
         panels.append(figure(names[kind], chart.render()))
     swatches = "".join(f'<i style="background:{_depth(i / (RAMP - 1))}"></i>' for i in range(RAMP))
-    key = f'<p class="key chart"><span>block {first}</span>{swatches}<span>block {last}</span></p>'
-    return f'{key if last > first else ""}<div class="small">{"".join(panels)}</div>'
+    key = f'<p class="key chart"><span>block {numbers[0]}</span>{swatches}<span>block {numbers[-1]}</span></p>'
+    return f'{key if len(numbers) > 1 else ""}<div class="small">{"".join(panels)}</div>'
 
 
 def _depth(fraction: float) -> str:
@@ -192,21 +203,13 @@ def _between(heights: Sequence[float], fraction: float) -> float:
     return float(heights[index] ** (1 - share) * heights[index + 1] ** share)
 
 
-def _mean_by_block(group: Iterable[Layer]) -> list[tuple[float, float]]:
+def _mean_by_block(group: Iterable[Layer]) -> list[tuple[int, float]]:
     """The predicted errors, experts of one block averaged."""
     found: dict[int, list[float]] = {}
     for layer in group:
         if layer.block is not None and layer.predicted is not None:
             found.setdefault(layer.block, []).append(layer.predicted)
     return [(block, sum(values) / len(values)) for block, values in sorted(found.items())]
-
-
-def _block_axis(numbers: Sequence[int]) -> Axis:
-    return Axis(numbers[0] - 0.5, numbers[-1] + 0.5)
-
-
-def _ends(numbers: Sequence[int]) -> list[float]:
-    return [float(number) for number in dict.fromkeys((numbers[0], numbers[len(numbers) // 2], numbers[-1]))]
 
 
 def _every(length: int) -> list[float]:

@@ -9,12 +9,10 @@ from typing import Any
 
 from eckart.report.charts import mean_map
 from eckart.report.layers import Layer, read_layers
-from eckart.report.numbers import MISSING, duration, finite, percent, significant, size
+from eckart.report.numbers import MISSING, duration, finite, percent, significant, size, tick
 from eckart.report.page import Cell, figure, section, shell, table, write
-from eckart.report.pareto import ORIGINAL, method_of, pareto_plot, runs_of
+from eckart.report.pareto import ORIGINAL, Row, against_bytes, method_of, methods_of, pareto_plot, runs_of
 from eckart.report.svg import bars
-
-Row = Mapping[str, Any]
 
 # key, heading, how it is written, and whether more (1) or less (-1) is better or neither is (0)
 COLUMNS: tuple[tuple[str, str, Callable[[object], str], int], ...] = (
@@ -28,11 +26,12 @@ COLUMNS: tuple[tuple[str, str, Callable[[object], str], int], ...] = (
     ("seconds", "Time", duration, -1),
 )
 
-BARS = (
-    ("top1_agreement", "Top-1 agreement with the original", percent),
-    ("decode_tokens_per_second", "Decode, tokens/s", significant),
-    ("prefill_tokens_per_second", "Prefill, tokens/s", significant),
-    ("seconds", "Time to compress", duration),
+# key, heading, the unit of its axis, how it is written
+PLOTTED: tuple[tuple[str, str, str, Callable[[object], str]], ...] = (
+    ("top1_agreement", "Top-1 agreement with the original", "", percent),
+    ("decode_tokens_per_second", "Decode, tokens/s", "", significant),
+    ("prefill_tokens_per_second", "Prefill, tokens/s", "", significant),
+    ("seconds", "Time to compress", "seconds", duration),
 )
 
 
@@ -60,7 +59,7 @@ def comparison_report(
             lead="Lower and further left is better. The broad grey line joins the runs that none beats on both.",
         )
         + section("Figures", _table(rows), lead="The best of each budget is bold. Click a heading to sort.")
-        + section("Agreement and speed", _bars(rows, names))
+        + section("Agreement and speed", _figures(rows, names))
         + section(
             "Where each method keeps its rank",
             _maps(layers or {}),
@@ -110,7 +109,7 @@ def _table(rows: Sequence[Row]) -> str:
                 )
             )
         if len(head) > len(cells):
-            cells.append(Cell(str(row.get("folder") or "–"), kind="note"))
+            cells.append(Cell(str(row.get("folder") or "–"), kind="text"))
         lines.append(cells)
     return table(head, lines, sortable=True)
 
@@ -124,15 +123,27 @@ def _best(rows: Sequence[Row], row: Row, key: str, better: int) -> float | None:
     return better * max(better * value for value in values) if len(values) > 1 else None
 
 
-def _bars(rows: Sequence[Row], names: Sequence[str]) -> str:
-    figures = ""
-    strong = next((index for index, row in enumerate(rows) if method_of(row) == ORIGINAL), None)
-    for key, heading, written in BARS:
+def _figures(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """One plot per figure: bars where each method ran once, lines over bytes where some ran at several budgets."""
+    methods, figures = methods_of(rows), ""
+    several = len(methods) < sum(method_of(row) != ORIGINAL for row in rows)
+    for key, heading, unit, written in PLOTTED:
         values = [finite(row.get(key)) for row in rows]
-        shown = [index for index, value in enumerate(values) if value is not None or index != strong]
-        if any(value is not None for value in values):
-            items = [(names[index], values[index], written(values[index])) for index in shown]
-            figures += figure(heading, bars(items, title=heading, strong=strong if strong in shown else None))
+        if all(value is None for value in values):
+            continue
+        runs = runs_of(rows, key, log=False)
+        if several and runs:
+            axis = (lambda value: f"{value:.0%}") if written is percent else tick
+            drawing = against_bytes(runs, methods, label=unit, title=heading, log=False, height=260, written=axis)
+        else:
+            items = [
+                (name, value, written(value), method_of(row) == ORIGINAL)
+                for name, value, row in zip(names, values, rows, strict=True)
+                if value is not None or method_of(row) != ORIGINAL
+            ]
+            strong = next((index for index, item in enumerate(items) if item[3]), None)
+            drawing = bars([item[:3] for item in items], title=heading, strong=strong)
+        figures += figure(heading, drawing)
     return f'<div class="grid2">{figures}</div>' if figures else ""
 
 

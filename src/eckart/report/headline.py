@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 from eckart.report import charts
@@ -80,21 +81,20 @@ def predictions(record: Record, evaluation: Record, run: Record, layers: Sequenc
         drawing = _pair(finite(predicted), finite(measured))
         lines.append(
             [
-                Cell(name, kind="text"),
+                Cell(name, html=escape(name) + drawing),
                 Cell(written(predicted)),
                 Cell(written(measured)),
                 Cell("–" if factor == MISSING else factor),
-                Cell("", html=drawing),
             ]
         )
-    head = [("", "text"), ("Predicted", ""), ("Measured", ""), ("Factor", ""), ("", "")]
+    head = [("", ""), ("Predicted", ""), ("Measured", ""), ("Factor", "")]
     allowed = size(part(record, "budget").get("bytes"))
     left = figure(
         "The whole job",
         table(head, lines),
-        lead="" if allowed == MISSING else f"The budget allowed {allowed}.",
+        lead="Grey predicted, blue measured." + ("" if allowed == MISSING else f" The budget allowed {allowed}."),
     )
-    left = f"<div>{left}{_timing(run)}</div>"
+    left = f'<div class="stack">{left}{_timing(run)}</div>'
     scatter = charts.error_scatter(layers)
     right = figure("Each layer's error", scatter, lead="On the dashed line it came as predicted.") if scatter else ""
     return f'<div class="grid2">{left}{right}</div>'

@@ -9,14 +9,13 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def finite(value: object) -> float | None:
-    """The value as a float, or None where it is not a finite number (missing, text, NaN, infinite, too large)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """The value as a float, or None where it is no number to write or draw: missing, text, NaN, 1e100 or beyond.
+
+    Below 1e-100 it is 0: files may hold anything, and axes need room above and below.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
         return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+    return float(value) if abs(value) > 1e-100 else 0.0
 
 
 def significant(value: object, digits: int = 3) -> str:

@@ -50,17 +50,15 @@ def provenance(record: Mapping[str, Any], evaluation: Mapping[str, Any], run: Ma
 def command(record: Mapping[str, Any], name: str) -> str:
     """The command line that repeats a job, quoted for a shell, one option a line."""
     model, job = part(record, "model"), part(record, "job")
-    words = ["eckart", "compress", str(model.get("source") or "MODEL"), "-o", name]
-    if job.get("method"):
-        words += ["--method", str(job["method"])]
-    else:
-        words += ["--form", str(job.get("form") or "EXPR"), "--metric", str(job.get("metric") or "plain")]
-    for option in ("budget", "data", "samples", "length", "seed"):
-        if job.get(option) is not None:
-            words += [f"--{option}", str(job[option])]
+    options = [("-o", name)]
+    recipe = ("method",) if job.get("method") else ("form", "metric")
+    for key in (*recipe, "budget", "data", "samples", "length", "seed"):
+        if job.get(key) is not None:
+            options.append((f"--{key}", str(job[key])))
+    lines = [shlex.join(["eckart", "compress", str(model.get("source") or "MODEL")]), *map(shlex.join, options)]
     if job.get("sequential") is True:
-        words.append("--sequential")
-    return shlex.join(words)
+        lines.append("--sequential")
+    return " \\\n    ".join(lines)
 
 
 def _plain(value: object) -> str:

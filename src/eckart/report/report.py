@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from eckart.report import charts
 from eckart.report.headline import headline, predictions
 from eckart.report.layers import Layer, read_layers
-from eckart.report.numbers import duration, finite, percent, significant, size
+from eckart.report.numbers import percent, significant, size
 from eckart.report.page import Cell, facts, figure, section, shell, table, write
 from eckart.report.provenance import budget, part, provenance
-from eckart.report.svg import bars
 
 
 def model_report(folder: Path, out: Path | None = None) -> Path:
@@ -107,7 +106,7 @@ def _layer_table(layers: list[Layer]) -> str:
     if not layers:
         return '<p class="hint">This checkpoint records no layers.</p>'
     head = [("Layer", "text"), ("Form", "text"), ("Shape", ""), ("Rank", ""), ("Rank kept", ""), ("Bytes", "")]
-    head += [("Of dense", ""), ("Predicted error", ""), ("Measured error", ""), ("Note", "text")]
+    head += [("Of dense", ""), ("Predicted error", ""), ("Measured error", "")]
     return table(head, [_layer_row(layer) for layer in layers], sortable=True)
 
 
@@ -115,9 +114,10 @@ def _layer_row(layer: Layer) -> list[Cell]:
     def number(value: float | None, text: str) -> Cell:
         return Cell("–", "") if value is None else Cell(text, value)
 
+    note = f"<small>{escape(layer.note)}</small>" if layer.note else ""
     return [
-        Cell(layer.name, kind="text name"),
-        Cell(layer.form, kind="text"),
+        Cell(layer.name, layer.name, html=escape(layer.name) + note),
+        Cell(layer.form, kind="text wrap"),
         Cell("×".join(map(str, layer.shape)) or "–", layer.dense_bytes if layer.dense_bytes is not None else ""),
         number(layer.rank, f"{layer.rank:,}" if layer.rank is not None else ""),
         number(layer.kept_rank, percent(layer.kept_rank)),
@@ -125,5 +125,4 @@ def _layer_row(layer: Layer) -> list[Cell]:
         number(layer.kept_bytes, percent(layer.kept_bytes)),
         number(layer.predicted, significant(layer.predicted)),
         number(layer.measured, significant(layer.measured)),
-        Cell(layer.note, kind="note"),
     ]

@@ -8,27 +8,15 @@ variables of the page (`--c0`.. for categories, `--r0`.. for a ramp), so that li
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from html import escape
 
 from eckart.report.axis import Axis
+from eckart.report.labels import PHONE, Label, shorten, text_width
 from eckart.report.numbers import tick
 
-NARROW = 260.0  # px: the plot width of a phone, at which labels must not collide; wider only spreads them
-CHARACTER = 7.2  # px: a generous mean width of one character at 12 px
-LABEL_HEIGHT = 15.0
 COLOURS, SHAPES, RAMP = 6, 5, 13
 
 Point = tuple[float, float]
-
-
-def text_width(text: str) -> float:
-    return CHARACTER * len(text)
-
-
-def shorten(text: str, most: int = 24) -> str:
-    """At most so many characters; the start goes, since the ends of layer names tell them apart."""
-    return text if len(text) <= most else "…" + text[1 - most :]
 
 
 def category(index: int) -> str:
@@ -39,43 +27,6 @@ def category(index: int) -> str:
 def ramp(fraction: float) -> str:
     """A step of the sequential ramp: 0 is nearest to the page, 1 is strongest."""
     return f"var(--r{round(min(max(fraction, 0.0), 1.0) * (RAMP - 1))})"
-
-
-@dataclass(frozen=True)
-class Label:
-    """Text beside a point: x as a fraction of the width, y in pixels, to the right of it or to the left."""
-
-    x: float
-    y: float
-    text: str
-    left: bool = False
-
-    def span(self) -> tuple[float, float]:
-        start, width = NARROW * self.x, text_width(self.text) + 10
-        return (start - width, start) if self.left else (start, start + width)
-
-
-def spread(labels: Sequence[Label], height: float) -> list[Label]:
-    """The same labels in the same order, moved up or down until none covers another on a narrow screen."""
-    placed: dict[int, Label] = {}
-    for index in sorted(range(len(labels)), key=lambda i: (labels[i].y, i)):
-        label = labels[index]
-        for distance in range(0, int(height) * 2 + len(labels) * 40, 3):
-            free = [
-                moved
-                for moved in (replace(label, y=label.y + distance), replace(label, y=label.y - distance))
-                if not any(_collide(moved, other) for other in placed.values())
-            ]
-            inside = [moved for moved in free if -4 <= moved.y <= height - 4]
-            if inside or (free and distance > height):
-                placed[index] = (inside or free)[0]
-                break
-    return [placed[index] for index in range(len(labels))]
-
-
-def _collide(a: Label, b: Label) -> bool:
-    (a_low, a_high), (b_low, b_high) = a.span(), b.span()
-    return abs(a.y - b.y) < LABEL_HEIGHT and a_low < b_high and b_low < a_high
 
 
 def shape(index: int, colour: str, tip: str = "") -> str:
@@ -191,26 +142,29 @@ def bars(
 
     `whole` draws behind each bar, in grey, what it is a part of.
     """
-    names = [shorten(name) for name, _, _ in items]
-    left = 10 + max((text_width(name) for name in names), default=0)
-    room = max((text_width(written) for _, _, written in items), default=0) + 8
+    names = [shorten(name, 34) for name, _, _ in items]
+    widest = max(map(text_width, names), default=0.0)
+    above = widest > 0.4 * PHONE  # long names get a line of their own
+    left, high, drop = (0.0, 42, 18) if above else (widest + 10, 24, 0)
+    room = max((text_width(written) for _, _, written in items), default=0.0) + 8
+    share = max(0.05, 1 - room / (PHONE - left))
     highest = max([value for _, value, _ in items if value is not None] + list(whole or []), default=0.0) or 1.0
-    share = max(0.2, 1 - room / NARROW)
     parts = []
     for row, ((name, value, written), short) in enumerate(zip(items, names, strict=True)):
-        y, width = 24 * row, 100 * share * max(value or 0.0, 0.0) / highest
+        y, width = high * row + drop, 100 * share * max(value or 0.0, 0.0) / highest
         fill = "var(--reference)" if row == strong else "var(--accent)"
         back = 100 * share * max(whole[row], 0.0) / highest if whole else 0.0
         behind = f'<rect x="0" y="{y + 3}" width="{back:.2f}%" height="16" rx="2" fill="var(--reference)"/>'
+        place = f'x="0" y="{y - 3}"' if above else f'x="-8" y="{y + 15}" text-anchor="end"'
         parts.append(
-            f'<text class="tick name" x="-8" y="{y + 15}" text-anchor="end">{escape(short)}</text>'
+            f'<text class="tick name" {place}>{escape(short)}</text>'
             f'{behind if whole else ""}<rect x="0" y="{y + 3}" width="{width:.2f}%" height="16" rx="2" fill="{fill}">'
             f"<title>{escape(f'{name}: {written}')}</title></rect>"
             f'<text class="value" x="{max(width, back):.2f}%" dx="6" y="{y + 15}">{escape(written)}</text>'
         )
     return (
         f'<div class="chart"><div class="plot bare" style="padding-left:{left:.0f}px"><svg role="img" '
-        f'aria-label="{escape(title)}" width="100%" height="{24 * len(items)}">{"".join(parts)}</svg></div></div>'
+        f'aria-label="{escape(title)}" width="100%" height="{high * len(items)}">{"".join(parts)}</svg></div></div>'
     )
 
 

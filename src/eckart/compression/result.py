@@ -1,0 +1,90 @@
+"""What a job hands back: figures for every layer and in total."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eckart.compression.engine import Run
+from eckart.compression.plan import Layer, Plan, total_error
+
+
+@dataclass
+class Result:
+    """A finished job, or with `planned` a plan that was not carried out.
+
+    Attributes:
+        layers: every targeted layer, with its form, bytes, predicted and measured error.
+        bytes_before, bytes_after: of all weight files.
+        budget: bytes that were allowed.
+        settings: everything that was asked for.
+        seconds: where the time went.
+        folder: where the model was saved, if it was.
+    """
+
+    layers: list[Layer]
+    bytes_before: int
+    bytes_after: int
+    budget: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    predicted_seconds: float = 0.0
+    predicted_memory: int = 0
+    peak_memory: int | None = None
+    folder: Path | None = None
+    planned: bool = False
+
+    @classmethod
+    def of_plan(cls, plan: Plan, settings: dict[str, Any]) -> Result:
+        return cls(
+            plan.layers, plan.bytes_before, plan.bytes_after, plan.budget, settings,
+            predicted_seconds=plan.seconds, predicted_memory=plan.peak_memory, planned=True,
+        )  # fmt: skip
+
+    @classmethod
+    def of_run(cls, run: Run, settings: dict[str, Any]) -> Result:
+        plan = run.plan
+        after = plan.bytes_before + sum(layer.bytes - layer.dense_bytes for layer in run.layers)
+        return cls(
+            run.layers, plan.bytes_before, after, plan.budget, settings, run.seconds, plan.seconds, plan.peak_memory
+        )
+
+    @property
+    def ratio(self) -> float:
+        """Bytes after over bytes before."""
+        return self.bytes_after / self.bytes_before if self.bytes_before else 1.0
+
+    def totals(self) -> dict[str, Any]:
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "predicted_error": total_error(self.layers, "predicted_error"),
+            "measured_error": total_error(self.layers, "measured_error"),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return {
+            "planned": self.planned,
+            "folder": None if self.folder is None else str(self.folder),
+            "settings": self.settings,
+            "budget_bytes": self.budget,
+            "totals": self.totals(),
+            "seconds": self.seconds,
+            "predicted": {"seconds": self.predicted_seconds, "peak_memory": self.predicted_memory},
+            "peak_memory": self.peak_memory,
+            "layers": [layer.to_json() for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        changed = sum(layer.form != "dense()" for layer in self.layers)
+        kept = len(self.layers) - changed
+        error = self.totals()["measured_error" if not self.planned else "predicted_error"]
+        parts = [
+            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB ({self.ratio:.3f})",
+            f"{changed} layers {'to be ' if self.planned else ''}factored, {kept} left dense",
+        ]
+        if error is not None:
+            parts.append(f"mean relative squared error {error:.4f}")
+        return "; ".join(parts)
