@@ -46,7 +46,7 @@ def method(key: str, *, family: str, paper: str) -> Callable[[T], T]:
         wing = cls.__module__.split(".")[1]
         summary = (cls.__doc__ or "").strip().split("\n")[0]
         _ENTRIES[key] = Entry(key, wing, family, paper, summary, cls)
-        cls.key = key
+        cls.key = key  # type: ignore[attr-defined]
         return cls
 
     return enter

@@ -77,7 +77,7 @@ def model_record(records: list[dict[str, Any]]) -> dict[str, Any]:
             "budget": "0.8",
             "seed": 0,
             "samples": 64,
-            "sequential": False,
+            "one_shot": True,
         },
         "budget": {"asked": "0.8", "bytes": 215248441},
         "layers": records,

@@ -121,15 +121,30 @@ def test_only_the_page_s_own_script_may_run(folder: Path) -> None:
 
 
 def test_command_repeats_the_job() -> None:
-    record = {
-        "model": {"source": "my models/x; rm -rf ~"},
-        "job": {"form": "low_rank() + sparse()", "metric": "plain", "budget": "80MB", "seed": 0, "sequential": True},
+    job = {
+        "method": "svd",
+        "form": "low_rank() + sparse()",
+        "one_shot": True,
+        "targets": "",
+        "rank": None,
+        "power": 0.5,
     }
-    words = shlex.split(command(record, "out").replace("\\\n", " "))
-    assert words[:5] == ["eckart", "compress", "my models/x; rm -rf ~", "-o", "out"]
-    expected = "--form|low_rank() + sparse()|--metric|plain|--budget|80MB|--seed|0|--sequential"
-    assert words[5:] == expected.split("|")
-    assert "--form" not in command({"job": {"method": "svd", "form": "low_rank()"}}, "out")
+    job |= {"budget": "0.8 linears", "batch_size": 4, "seed": 0, "data": None}
+    words = shlex.split(command({"model": {"source": "my models/x; rm -rf ~"}, "job": job}, "out").replace("\\\n", " "))
+    assert words[:5] == ["eckart", "compress", "my models/x; rm -rf ~", "--output", "out"]
+    assert words[5:15] == shlex.split(
+        "--method svd --form 'low_rank() + sparse()' --budget '0.8 linears' --batch-size 4 --seed 0"
+    )
+    assert words[15:] == ["--set", "one_shot=true", "--set", "targets=", "--set", "rank=none", "--set", "power=0.5"]
+
+
+def test_mean_error_counts_layers_alike(
+    save: Callable[..., Path], record: dict[str, Any], outline: Callable[[str], Any]
+) -> None:
+    for index, layer in enumerate(record["layers"]):
+        layer |= {"energy": 10.0**index, "predicted_error": 0.09 * 10.0**index, "measured_error": 0.25 * 10.0**index}
+    words = outline(model_report(save(record)).read_text(encoding="utf-8")).words
+    assert "Relative error 0.300 0.500 ×1.67" in " ".join(words.split())
 
 
 def test_errors_say_what_to_do(tmp_path: Path, save: Callable[..., Path]) -> None:

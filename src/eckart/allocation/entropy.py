@@ -1,4 +1,4 @@
-"""Sparsity spread over blocks by their influence, softened by an entropy term (MoDeGPT, arXiv 2408.09632, section 3.4)."""
+"""Sparsity spread over blocks by influence, softened by an entropy term (MoDeGPT, arXiv 2408.09632, section 3.4)."""
 
 from __future__ import annotations
 
@@ -30,16 +30,14 @@ class Entropy(Allocator):
 
         def at(share: float) -> dict[str, int]:
             losses = sparsities(problem.influence, min(1.0 - share, self.cap), self.temperature, self.cap)
-            return {
-                name: largest_within(c, (1 - losses[problem.blocks[name]] if name in problem.blocks else 1) * c.nbytes[-1])
-                for name, c in problem.curves.items()
-            }  # fmt: skip
+            kept = {name: 1 - losses[block] for name, block in problem.blocks.items()}
+            return {n: largest_within(c, kept.get(n, 1.0) * c.nbytes[-1]) for n, c in problem.curves.items()}
 
         return best_share(problem, at)
 
 
 def sparsities(influence: Sequence[float], mean: float, temperature: float, cap: float = 0.8) -> list[float]:
-    """Shares to remove from every block: their mean is `mean`, none is above `cap`. Raises `ValueError` if mean > cap."""
+    """Shares to remove from every block: their mean is `mean`, none is above `cap`, or `ValueError`."""
     if not 0 <= mean <= cap:
         raise ValueError(f"a mean sparsity of {mean} is not between 0 and the cap of {cap}")
     s = torch.tensor(list(influence), dtype=torch.float64)

@@ -48,15 +48,18 @@ def calibrate(stream: Stream, request: Request, store: StatisticsStore, *, seed:
     Returns the influence of the blocks, where asked for. The stream must have been started.
     """
     total = len(stream.blocks)
-    for i in range(total):
-        if not store.has(i) or not stream.hidden(i + 1).path.exists() and not _later(store, i + 1, total):
-            _one_block(stream, request, store, i)
-        if not request.gradients and i > 0:
-            stream.hidden(i).path.unlink(missing_ok=True)
-        progress("calibrate", i + 1, total)
-    if request.probes.get(OUTSIDE) and not store.has(OUTSIDE):
+    known = [store.covers(i, request.needs & INPUT_SUMS, request.probes.get(i, ())) for i in range(total)]
+    wants_outside = bool(request.probes.get(OUTSIDE)) and not store.has(OUTSIDE)
+    wants_gradients = request.gradients and not all(store.has(i, "gradients") for i in range(total))
+    if not all(known) or wants_outside or wants_gradients:
+        for i in range(_resume_at(stream, known, wants_gradients), total):
+            _one_block(stream, request, store, i, collect=not known[i])
+            if not wants_gradients and i > 0:
+                stream.hidden(i).path.unlink(missing_ok=True)
+            progress("calibrate", i + 1, total)
+    if wants_outside:
         _outside(stream, request, store)
-    if request.gradients and not store.has(0, "gradients"):
+    if wants_gradients:
         targets = {i: list(names) for i, names in request.probes.items() if i != OUTSIDE}
         blocks = collect_gradients(
             stream, targets, request.needs, request.labels, seed, request.gradient_samples, progress
@@ -68,25 +71,27 @@ def calibrate(stream: Stream, request: Request, store: StatisticsStore, *, seed:
     return _influence(store, total) if request.influence else []
 
 
-def _later(store: StatisticsStore, index: int, total: int) -> bool:
-    """Whether the run that was cut off had gone on past block `index` - 1."""
-    return any(store.has(j) for j in range(index, total))
+def _resume_at(stream: Stream, known: list[bool], all_needed: bool) -> int:
+    """The block to go on with: what enters it lies on disk, and so it does for all before it where `all_needed`."""
+    first = known.index(False) if False in known else len(known)
+    there = [stream.hidden(i).path.exists() for i in range(first + 1)]
+    if all_needed:
+        return there.index(False) - 1 if False in there else first
+    return max(i for i, exists in enumerate(there) if exists)
 
 
-def _one_block(stream: Stream, request: Request, store: StatisticsStore, index: int) -> None:
+def _one_block(stream: Stream, request: Request, store: StatisticsStore, index: int, collect: bool) -> None:
     collector = Collector(request.needs)
     cosines = Statistics()
-    names = request.probes.get(index, [])
+    names = request.probes.get(index, ()) if collect else ()
     with stream.subject.loaded(stream.blocks[index]), collector.hooked(stream.model, names):
         stream.advance(
             index,
             before=lambda b: collector.next_batch(stream.mask(b)),
-            after=_cosine_sum(cosines, stream) if request.influence else None,
+            after=_cosine_sum(cosines, stream) if collect else None,
         )
-    sums = dict(collector.sums)
-    if request.influence:
-        sums["influence"] = cosines
-    store.save(index, sums, collector.leaders)
+    if collect:
+        store.save(index, {**collector.sums, "influence": cosines}, collector.leaders)
 
 
 def _cosine_sum(into: Statistics, stream: Stream) -> Callable[[int, Tensor, Tensor], None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +138,8 @@ class Stream:
         with self.subject.loaded(*self.outside), self.hollow(keep=True) as recorders:
             recorders[-1].stop = True
             for batch in self.batches:
-                try:
+                with suppress(_Stop):
                     self.model(**self._inputs(batch))
-                except _Stop:
-                    pass
                 hiddens = {r.calls[-1][0].shape for r in recorders}
                 if len(hiddens) != 1:
                     raise IndexError("blocks return tuples")

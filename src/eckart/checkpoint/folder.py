@@ -29,7 +29,7 @@ class Folder:
         self.source = source
         self.storage_dtype = source.dtype
         self.reader = WeightReader(source.folder)
-        config = transformers.AutoConfig.from_pretrained(source.folder)
+        self.config = config = transformers.AutoConfig.from_pretrained(source.folder)
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{source.folder} is already compressed or quantised: give the original model")
         with init_empty_weights(include_buffers=False):
@@ -82,7 +82,7 @@ class Folder:
     def _fill(self, name: str, module: nn.Module, filled: list[tuple[nn.Module, str]], cache: dict[str, nn.Parameter]) -> None:  # fmt: skip # noqa: E501
         for key, value in list(module._parameters.items()):
             full = f"{name}.{key}"
-            if value is None or value.device.type != "meta" or full not in self.keys and full not in self.tied:
+            if value is None or value.device.type != "meta" or (full not in self.keys and full not in self.tied):
                 continue
             source = full if full in self.keys else self.tied[full]
             if source not in cache:

@@ -76,11 +76,11 @@ class EckartQuantizer(HfQuantizer):
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         install(model, self.quantization_config, dtype)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model.config.quantization_config = self.quantization_config
         return model
 
@@ -88,10 +88,10 @@ class EckartQuantizer(HfQuantizer):
         return densify(model)
 
 
-def install(model: nn.Module, config: EckartConfig, dtype: torch.dtype) -> None:
+def install(model: Any, config: EckartConfig, dtype: torch.dtype) -> None:
     """Put the stand-ins, without values, into a model's skeleton."""
     config.validate()
-    for name, spec in config.modules.items():
+    for name in config.modules:
         try:
             model.get_submodule(name)
         except AttributeError:
@@ -102,7 +102,7 @@ def install(model: nn.Module, config: EckartConfig, dtype: torch.dtype) -> None:
         tie(model, name, other)
 
 
-def tie(model: nn.Module, name: str, other: str) -> None:
+def tie(model: Any, name: str, other: str) -> None:
     """Let the stand-in at `name` hold the very matrix of the one at `other`."""
     own, shared = model.get_submodule(name), model.get_submodule(other)
     own.matrix = shared.matrix

@@ -1,4 +1,4 @@
-"""How many bytes a safetensors file takes, before it is written; and writing one so that a killed run leaves no half."""
+"""How many bytes a safetensors file takes, before it is written; and writing one so that no half is ever left."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from eckart.compression.api import Compressed, compress, compress_to, method_for
 from eckart.compression.asvd import ASVD
+from eckart.compression.auto import Auto
 from eckart.compression.fwsvd import FWSVD
 from eckart.compression.lord import LoRD
 from eckart.compression.plan import Layer, Plan
@@ -16,6 +17,7 @@ __all__ = [
     "FWSVD",
     "SVD",
     "SVDLLM",
+    "Auto",
     "Compressed",
     "Layer",
     "LoRD",

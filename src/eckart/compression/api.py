@@ -94,7 +94,7 @@ def compress(
     return Compressed(model, result)
 
 
-def _remember(model: nn.Module, words: dict[str, Any]) -> None:
+def _remember(model: Any, words: dict[str, Any]) -> None:
     """Let `save_pretrained` write what stands where, and what was applied, after what was applied before."""
     before = getattr(model.config, "quantization_config", None)
     history = list(before.history) if isinstance(before, EckartConfig) else []
@@ -166,10 +166,10 @@ def as_batches(
     if isinstance(data, Tokens):
         return list(data.batches(batch_size))
     if _is_batches(data):
-        return list(data)  # type: ignore[arg-type]
+        return [dict(batch) for batch in data]  # type: ignore[union-attr]
     if tokenizer is None:
         raise ValueError("texts need a tokenizer: pass tokenizer=..., or data as batches of input_ids")
-    texts: str | Path | Iterable[Any] = data  # type: ignore[assignment]
+    texts: str | Path | Iterable[Any] = data
     tokens = token_batches(
         load_texts(texts, progress=progress), tokenizer, samples=samples, length=length, seed=seed, progress=progress
     )

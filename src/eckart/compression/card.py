@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from eckart.checkpoint.layout import save_json
 from eckart.checkpoint.source import Source
 from eckart.compression.result import Result
 
@@ -13,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 ```"""
+
+BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
 
 def model_card(result: Result, source: Source, config: dict[str, Any]) -> str:
@@ -36,6 +40,40 @@ def model_card(result: Result, source: Source, config: dict[str, Any]) -> str:
     if source.note:
         lines += [source.note, ""]
     lines += ["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows), ""]
+    lines += [BEGIN, END, ""]
     lines += ["## How it was made", "", *(f"- {k}: `{v}`" for k, v in settings.items()), ""]
     lines += ["## How to load it", "", LOAD.format(folder="path/to/this/folder"), ""]
     return "\n".join(lines)
+
+
+def remember_evaluation(folder: Path, found: dict[str, Any]) -> None:
+    """Keep what was measured beside the model, and show it in the model card."""
+    save_json(found, folder / "evaluation.json")
+    card = folder / "README.md"
+    if not card.is_file():
+        return
+    before, begin, rest = card.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        card.write_text(f"{before}{BEGIN}\n{_evaluation(found)}\n{END}{after}", encoding="utf-8")
+
+
+def _evaluation(found: dict[str, Any]) -> str:
+    original = found.get("original") or {}
+    rows = [
+        ("perplexity", found.get("perplexity"), found.get("perplexity_original")),
+        ("KL from the original, nats a token", found.get("kl"), None),
+        ("top-1 agreement", found.get("top1_agreement"), None),
+        ("bytes on disk", found.get("bytes_disk"), original.get("bytes_disk")),
+        *(
+            (k.replace("_", " "), found.get(k), original.get(k))
+            for k in ("prefill_tokens_per_second", "decode_tokens_per_second")
+        ),
+    ]
+    lines = ["## Measured", "", "| | this model | original |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {_show(own)} | {_show(other)} |" for name, own, other in rows if own is not None]
+    return "\n".join([*lines, "", f"On {found.get('text') or 'text of the user'}.", ""])
+
+
+def _show(value: Any) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""The main job: calibrate, plan, fit, part by part, over a model in memory or in a folder, killed and resumed at will."""
+"""The main job: calibrate, plan, fit, part by part, over a model in memory or in a folder, resumable at any moment."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from eckart.checkpoint.layout import Layout, layout_of
 from eckart.compression.plan import Layer, Plan
 from eckart.compression.recipe import Job, Method
 from eckart.compression.solve import Executor, Serial
+from eckart.compression.trial import Trial
 from eckart.downloads import Progress, silent
 from eckart.metrics import Statistics
 from eckart.metrics.statistics import GRADIENT_SUMS
@@ -75,7 +76,7 @@ class Engine:
         self.subject, self.method, self.progress = subject, method, progress
         self.model = subject.model
         self.blocks = block_names(self.model)
-        self.batches = list(batches)
+        self.batches, aside = self._split(list(batches))
         self.work, self.seed = work, seed
         self.persistence = persistence or Persistence()
         self.store = StatisticsStore(statistics or work / "statistics")
@@ -86,6 +87,18 @@ class Engine:
             subject=subject, blocks=self.blocks, budget=budget, statistics=self.store.of, influence=[],
             layouts=part_layouts(subject, self.blocks), executor=executor or Serial(), progress=progress, seed=seed,
         )  # fmt: skip
+
+        if aside:
+            self.job.trial = Trial(self.job, aside, work / "trial")
+
+    def _split(self, batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+        """Calibration batches, and those on which plans are tried: an eighth, where the method asks for it."""
+        if not self.method.tries_plans or not batches:
+            return batches, []
+        if len(batches) < 2 or "input_ids" not in batches[0]:
+            raise ValueError(f"{self.method.key or 'this method'} sets calibration text aside: give at least two batches of input_ids")  # fmt: skip # noqa: E501
+        aside = max(1, len(batches) // 8)
+        return batches[:-aside], batches[-aside:]
 
     def plan(self) -> Plan:
         """Calibrate where the method needs it, and decide. Nothing of the model is changed."""

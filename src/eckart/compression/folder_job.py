@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import resource
 import shutil
+import sys
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -98,6 +101,7 @@ def compress_folder(
         FileExistsError: `out` is there already (and `overwrite` was not asked for), or an unfinished run is.
         ValueError: the model, the data or the budget do not allow it.
     """
+    started = time.perf_counter()
     work = out.with_name(out.name + ".partial")
     if out.exists() and not overwrite and not dry_run:
         raise FileExistsError(f"{out} exists already: choose another folder, or pass --overwrite")
@@ -127,7 +131,26 @@ def compress_folder(
         disk.output.finish(out, source.folder, config, files)
     shutil.rmtree(work)
     result.folder = out
+    result.peak_memory = peak_resident()
+    result.seconds["total"] = time.perf_counter() - started
+    save_json(_timings(result), out.with_name(out.name + ".run.json"))
     return result
+
+
+def _timings(result: Result) -> dict[str, Any]:
+    """What differs between two runs of one job, kept beside the folder so that the folder does not."""
+    return {
+        "seconds": result.seconds,
+        "predicted": {"seconds": result.predicted_seconds, "peak_memory": result.predicted_memory},
+        "peak_memory": result.peak_memory,
+        "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+    }
+
+
+def peak_resident() -> int:
+    """Most bytes that this process ever held in memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _enter(work: Path, job: dict[str, Any], resume: bool) -> None:

@@ -38,6 +38,8 @@ class Job:
         executor: runs the work on layers.
         progress: told (stage, done, total).
         seed: of every random choice.
+        trial: (method, plan) -> mean loss per token, on calibration text that no statistics saw, of the model as it
+            would be after that plan; only for methods that ask to try plans.
     """
 
     subject: Subject
@@ -49,6 +51,7 @@ class Job:
     executor: Executor
     progress: Callable[[str, int, int], None]
     seed: int
+    trial: Callable[[Method, Plan], float] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -72,7 +75,7 @@ class Job:
         """The modules that make up a part."""
         if part != OUTSIDE:
             return [self.blocks[part]]
-        return [n for n in dict.fromkeys(k.rpartition(".")[0] for k in self.layouts[OUTSIDE])]
+        return list(dict.fromkeys(k.rpartition(".")[0] for k in self.layouts[OUTSIDE]))
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,11 @@ class Method(ABC):
         """Whether each block is fitted on what the compressed blocks before it put out."""
         return False
 
+    @property
+    def tries_plans(self) -> bool:
+        """Whether the method needs calibration text set aside, on which it measures plans."""
+        return False
+
     @abstractmethod
     def request(self, model: nn.Module, blocks: list[str]) -> Request:
         """What must be measured first."""
@@ -96,7 +104,10 @@ class Method(ABC):
 
     @abstractmethod
     def rewrite(self, job: Job, plan: Plan, part: int) -> list[Layer]:
-        """Change one part of the model, which is loaded, as planned; returns its layers with their measured errors."""
+        """Change one part of the model, which is loaded, as planned; returns its layers with their measured errors.
+
+        Modules are replaced and never written into, so that a plan can be tried and taken back.
+        """
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,20 @@ class Result:
         """Bytes after over bytes before."""
         return self.bytes_after / self.bytes_before if self.bytes_before else 1.0
 
+    def advice(self) -> list[str]:
+        """What a user should know before trusting the result to be faster; see benchmarks/inference.py."""
+        kept = sum(layer.bytes for layer in self.layers) / max(1, sum(layer.dense_bytes for layer in self.layers))
+        lines = []
+        if kept > 0.85:
+            lines.append(
+                f"the targeted layers keep {kept:.2f} of their bytes: above about 0.85 two thin products are no faster "
+                "than one, so this saves space, not time"
+            )
+        dense = [layer for layer in self.layers if layer.form == "dense()"]
+        if dense:
+            lines.append(f"{len(dense)} of {len(self.layers)} layers stay dense, {dense[0].name} among them")
+        return lines
+
     def totals(self) -> dict[str, Any]:
         return {
             "bytes_before": self.bytes_before,

@@ -15,7 +15,8 @@ from eckart.forms import Curve, Dense, Factored, Form, parse
 from eckart.linalg.whitening import Damped, check_finite
 from eckart.metrics import Metric, Statistics
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Executor(Protocol):

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from eckart.calibration.tokens import Tokens
 
@@ -49,11 +48,12 @@ def next_token_logits(model: PreTrainedModel, tokens: Tokens, rows: int) -> Iter
     tokens = Tokens(tokens.ids.to(model.device), tokens.mask.to(model.device))
     keep = predicted(tokens.mask)
     body = model.get_decoder() if hasattr(model, "get_decoder") else model
-    hidden = body(**tokens.inputs(), use_cache=False)[0][:, :-1][keep] if body is not model else None
+    output: Any = body(**tokens.inputs(), use_cache=False) if body is not model else None
+    hidden = None if output is None else output.last_hidden_state[:, :-1][keep]
     for start in range(0, int(keep.sum()), rows):
         if hidden is not None:
             chunk = hidden[None, start : start + rows]
-            with _returning(body, chunk) as calls:
+            with _returning(body, type(output)(last_hidden_state=chunk)) as calls:
                 logits = model(input_ids=tokens.ids.new_zeros(1, chunk.shape[1]), use_cache=False).logits
             if calls:
                 yield logits[0].float()
@@ -78,13 +78,13 @@ def evaluating(*models: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _returning(body: nn.Module, hidden: Float[Tensor, "1 rows width"]) -> Iterator[list[None]]:
-    """Within the context, calling `body` gives `hidden`; the list has an entry for every call."""
+def _returning(body: nn.Module, output: Any) -> Iterator[list[None]]:
+    """Within the context, calling `body` gives `output`; the list has an entry for every call."""
     calls: list[None] = []
 
-    def forward(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
+        return output
 
     own = body.__dict__.get("forward")
     body.forward = forward

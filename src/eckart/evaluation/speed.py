@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -49,7 +51,7 @@ class Speed:
         decode_tokens_per_second: greedy generation behind that prompt, with a key-value cache.
         prompt: tokens in the prompt.
         bytes_per_token: bytes of weights that decoding one token touches.
-        flops_per_token: floating-point operations of the prefill, over its tokens.
+        flops_per_token: floating-point operations of the prefill's matrix products, over its tokens.
     """
 
     prefill_tokens_per_second: float
@@ -74,20 +76,23 @@ def speed(
     *,
     new_tokens: int = 24,
     repeats: int = 3,
+    seconds: float = 20.0,
     progress: Progress = silent,
 ) -> Speed:
     """Time a causal language model: medians of `repeats` prefills and of all decoding steps, after a warm-up.
+
+    Where that takes longer than `seconds`, no further repeat is begun.
 
     Raises:
         ValueError: the prompt is empty, or there is nothing to repeat.
     """
     if prompt.ndim != 1 or not len(prompt) or new_tokens < 1 or repeats < 1:
         raise ValueError("a prompt (length,) of at least one token, one new token and one repeat are needed")
-    ids = prompt[None].to(model.device)
+    ids, begin = prompt[None].to(model.device), time.perf_counter()
     prefills: list[float] = []
     steps: list[float] = []
     with evaluating(model):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             _generate(model, ids, 0)
         _generate(model, ids[:, :1], 1)
         for repeat in range(repeats):
@@ -95,6 +100,8 @@ def speed(
             prefills.append(prefill)
             steps += decode
             progress("speed", repeat + 1, repeats)
+            if time.perf_counter() - begin > seconds:
+                break
     return Speed(
         prefill_tokens_per_second=len(prompt) / statistics.median(prefills),
         decode_tokens_per_second=1 / statistics.median(steps),
@@ -127,6 +134,16 @@ def _generate(model: PreTrainedModel, ids: Int[Tensor, "1 length"], new_tokens: 
         ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
         seconds.append(_now(ids.device) - start)
     return seconds
+
+
+def _attention(
+    query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Operations of attention, queries with keys and weights with values, from shapes (batch, heads, length, width)."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # torch counts it elsewhere only
 
 
 def _best(run: Callable[[], Tensor], device: torch.device, seconds: float) -> float:

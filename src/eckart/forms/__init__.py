@@ -6,6 +6,7 @@ from eckart.forms.dense import Dense
 from eckart.forms.diagonal import Diagonal
 from eckart.forms.layers import densify, drop_in
 from eckart.forms.low_rank import LowRank
+from eckart.forms.select import Select
 
 __all__ = [
     "FORMS",
@@ -16,6 +17,7 @@ __all__ = [
     "Form",
     "LowRank",
     "Product",
+    "Select",
     "Sum",
     "as_form",
     "densify",

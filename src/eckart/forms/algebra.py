@@ -14,7 +14,7 @@ from eckart.forms.dense import Dense, widths
 from eckart.linalg.svd import truncated_svd
 from eckart.linalg.weighting import PLAIN, Weighting, weighted_lstsq_left, weighted_lstsq_right
 
-SWEEPS, TOLERANCE, RUNGS = 30, 1e-5, 12
+SWEEPS, TOLERANCE, RUNGS = 30, 1e-4, 12
 
 
 class SumMatrix(Factored):
@@ -78,7 +78,7 @@ class ProductMatrix(Factored):
 
 @dataclass(frozen=True)
 class Sum(Form):
-    """a + b + ...: fitted by block coordinate descent, each term on what the others leave."""
+    """a + b + ...: fitted by block coordinate descent, each term on what the others leave, best single term first."""
 
     terms: tuple[Form, ...]
 
@@ -104,21 +104,23 @@ class Sum(Form):
     def fit(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
     ) -> SumMatrix:
-        fitted: list[Factored | None] = [None] * len(self.terms)
+        fitted = [term.fit(matrix, weighting, dtype=dtype) for term in self.terms]
+        alone = [weighting.norm2(matrix - f.dense().detach().to(matrix.dtype)) for f in fitted]
+        order = sorted(range(len(fitted)), key=alone.__getitem__)
         parts = [torch.zeros_like(matrix) for _ in self.terms]
-        best, before, energy = None, float("inf"), weighting.norm2(matrix)
+        best, before = list(fitted), float("inf")
         for _ in range(SWEEPS):
-            for i, term in enumerate(self.terms):
+            for i in order:
                 rest = matrix - sum(p for j, p in enumerate(parts) if j != i)
-                fitted[i] = term.fit(rest, weighting, dtype=dtype)
-                parts[i] = fitted[i].dense().detach().to(matrix.dtype)  # type: ignore[union-attr]
+                fitted[i] = self.terms[i].fit(rest, weighting, dtype=dtype)
+                parts[i] = fitted[i].dense().detach().to(matrix.dtype)
             error = weighting.norm2(matrix - sum(parts))
-            if best is None or error < before:
+            if error < before:
                 best = list(fitted)
-            if before - error <= TOLERANCE * energy:
+            if before - error <= TOLERANCE * error:
                 break
             before = error
-        return SumMatrix(best, self)  # type: ignore[arg-type]
+        return SumMatrix(best, self)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Product(Form):
     right: Form
 
     def __str__(self) -> str:
-        return " @ ".join(f"({f})" if isinstance(f, Sum) or f is self.right and isinstance(f, Product) else str(f)
+        return " @ ".join(f"({f})" if isinstance(f, Sum) or (f is self.right and isinstance(f, Product)) else str(f)
                           for f in (self.left, self.right))  # fmt: skip
 
     @property
@@ -183,7 +185,7 @@ class Product(Form):
         inner = self._closed_inner((out, in_))
         W = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         X, Y = _start(W, inner, weighting)
-        best, before, energy = None, float("inf"), weighting.norm2(W)
+        best, before = None, float("inf")
         for _ in range(SWEEPS):
             right = self.right.fit(Y, weighting.through_left(X), dtype=dtype)
             Y = right.dense().detach().to(W.dtype)
@@ -193,7 +195,7 @@ class Product(Form):
             error = weighting.norm2(W - X @ Y)
             if best is None or error < before:
                 best = (left, right)
-            if before - error <= TOLERANCE * energy:
+            if before - error <= TOLERANCE * error:
                 break
             before = error
             Y = weighted_lstsq_right(X, W, weighting).to(W.dtype)
@@ -202,15 +204,17 @@ class Product(Form):
 
 
 def _start(W: Float[Tensor, "out in"], inner: int, weighting: Weighting) -> tuple[Tensor, Tensor]:
-    """Factors to start from: the truncated SVD, or where the inside is wider, an identity beside the matrix."""
+    """Factors to start from: the truncated SVD of the weighted matrix, or where the inside is wider, an identity beside the matrix."""
     out, in_ = W.shape
     if inner == in_ and inner != out:
-        return W, torch.eye(in_, dtype=W.dtype)
+        return W, torch.eye(in_, dtype=W.dtype, device=W.device)
     if inner >= out:
-        return torch.eye(out, inner, dtype=W.dtype), torch.nn.functional.pad(W, (0, 0, 0, inner - out))
-    U, S, Vh, *_ = truncated_svd(W, min(inner, out, in_))
-    root = S.sqrt()
-    X, Y = U * root, root[:, None] * Vh
+        eye = torch.eye(out, inner, dtype=W.dtype, device=W.device)
+        return eye, torch.nn.functional.pad(W, (0, 0, 0, inner - out))
+    A = weighting.apply(W)
+    U, S, *_ = truncated_svd(A, min(inner, *A.shape))
+    root = torch.where(S > 0, S, 1.0).sqrt()
+    X, Y = weighting.unapply_left(U * root), (U / root).T @ weighting.left.times(W.T).T
     pad = inner - X.shape[1]
     return torch.nn.functional.pad(X, (0, pad)), torch.nn.functional.pad(Y, (0, 0, 0, pad))
 

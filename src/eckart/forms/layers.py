@@ -18,7 +18,6 @@ from eckart.forms.algebra import ProductMatrix
 from eckart.forms.base import Factored, Shape, parse
 from eckart.forms.dense import DenseMatrix
 
-
 S = TypeVar("S", bound="StandIn")
 
 
@@ -72,7 +71,7 @@ class DropIn(StandIn):
     """What all factored layers share: the `matrix`, the `bias`, and a formed `weight`."""
 
     matrix: Factored
-    bias: Tensor | None
+    bias: Any
 
     def spec(self) -> dict[str, Any]:
         bias = self.bias is not None
@@ -145,7 +144,7 @@ class FactoredConv1D(DropIn, Conv1D):
         self.out_features, self.in_features = matrix.shape
 
     @property
-    def weight(self) -> Float[Tensor, "in out"]:  # type: ignore[override]
+    def weight(self) -> Float[Tensor, "in out"]:
         return self._formed().t()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
@@ -279,21 +278,21 @@ def drop_in(module: nn.Module, matrix: Factored, bias: Tensor | None = None) -> 
     raise TypeError(f"{type(module).__name__} has no drop-in")
 
 
-def densify(model: nn.Module) -> nn.Module:
+def densify(model: Any) -> Any:
     """Replace every factored layer of `model` by an ordinary dense one, in place, and return the model."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, DropIn):
             continue
-        weight = module.weight.as_subclass(Tensor).detach().clone()  # type: ignore[union-attr]
+        weight = module.weight.as_subclass(Tensor).detach().clone()
         bias = None if module.bias is None else module.bias.detach().clone()
         model.set_submodule(name, _dense_layer(module, weight, bias))
     return model
 
 
-def _dense_layer(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _dense_layer(module: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     with torch.device("meta"):
         if isinstance(module, Conv1D):
-            layer: nn.Module = Conv1D(module.nf, module.nx)
+            layer: Any = Conv1D(module.nf, module.nx)
             bias = torch.zeros(module.nf, dtype=weight.dtype) if bias is None else bias
         elif isinstance(module, FactoredEmbedding):
             layer = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
@@ -303,7 +302,7 @@ def _dense_layer(module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.M
                               module.padding, module.dilation, 1, bias is not None, module.padding_mode)  # fmt: skip
         else:
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(weight)  # type: ignore[assignment]
+    layer.weight = nn.Parameter(weight)
     if bias is not None:
-        layer.bias = nn.Parameter(bias)  # type: ignore[assignment]
+        layer.bias = nn.Parameter(bias)
     return layer

@@ -1,4 +1,4 @@
-"""Inputs weighted by the Fisher information of their weights (FWSVD, Hsu et al., ICLR 2022, arXiv 2207.00112, eq. 5)."""
+"""Inputs weighted by the Fisher information of their weights (FWSVD, Hsu et al., arXiv 2207.00112, eq. 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors as the data sees them: || (W - Ŵ) X || over the calibration inputs (SVD-LLM, arXiv 2403.07378, section 3.2)."""
+"""Errors as the data sees them: || (W - Ŵ) X || over calibration inputs (SVD-LLM, arXiv 2403.07378, section 3.2)."""
 
 from __future__ import annotations
 

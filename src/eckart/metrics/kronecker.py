@@ -1,4 +1,4 @@
-"""Errors as the loss sees them, to second order: weights on both sides (K-FAC, Martens and Grosse, arXiv 1503.05671)."""
+"""Errors as the loss sees them, to second order (K-FAC, Martens and Grosse, 2015, arXiv 1503.05671)."""
 
 from __future__ import annotations
 

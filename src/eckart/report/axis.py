@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from eckart.report.numbers import finite
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -24,11 +26,11 @@ class Axis:
 
     @classmethod
     def around(cls, values: Iterable[float], *, log: bool = False, zero: bool = False, label: str = "") -> Axis:
-        """The tightest round axis that holds all values (positive ones only, where log); `zero` includes zero."""
-        kept = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
+        """The tightest round axis that holds all finite values (where log, the positive ones); `zero` includes zero."""
+        kept = [value for value in map(finite, values) if value is not None and (value > 0 or not log)]
         if log:
             low, high = (min(kept), max(kept)) if kept else (1.0, 10.0)
-            return cls(_round_down(low), _round_up(high if high > low else low * 1.01), True, label)
+            return cls(_round_down(low), _round_up(max(high, 1.01 * low)), True, label)
         low, high = (min(kept), max(kept)) if kept else (0.0, 1.0)
         if zero:
             low, high = min(low, 0.0), max(high, 0.0)

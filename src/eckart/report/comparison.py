@@ -133,8 +133,16 @@ def _figures(rows: Sequence[Row], names: Sequence[str]) -> str:
             continue
         runs = runs_of(rows, key, log=False)
         if several and runs:
-            axis = (lambda value: f"{value:.0%}") if written is percent else tick
-            drawing = against_bytes(runs, methods, label=unit, title=heading, log=False, height=260, written=axis)
+            drawing = against_bytes(
+                runs,
+                methods,
+                label=unit,
+                title=heading,
+                log=False,
+                height=260,
+                written=written,
+                ticks=(lambda value: f"{value:.0%}") if written is percent else tick,
+            )
         else:
             items = [
                 (name, value, written(value), method_of(row) == ORIGINAL)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from eckart.report import charts
-from eckart.report.layers import Layer, relative
+from eckart.report.layers import Layer
 from eckart.report.numbers import MISSING, duration, finite, percent, ratio, significant, size, times
 from eckart.report.page import Cell, figure, table, tile
 from eckart.report.provenance import part
@@ -21,11 +22,12 @@ def headline(record: Record, evaluation: Record) -> str:
     totals, original, machine = part(record, "totals"), part(evaluation, "original"), part(evaluation, "machine")
     before = totals.get("bytes_before") or original.get("bytes_disk")
     after = evaluation.get("bytes_disk") or totals.get("bytes_after")
+    kind = str(evaluation.get("dtype") or MISSING)
     memory, memory_before = size(evaluation.get("bytes_memory")), size(original.get("bytes_memory"))
     peak_memory = size(evaluation.get("peak_memory"))
     tiles = [
         _tile("Size on disk", size(after), ("from", size(before)), ("", times(ratio(after, before)))),
-        _tile("Weights in memory", memory, ("from", memory_before), ("peak", peak_memory)),
+        _tile("Weights in memory", memory, ("as", kind), ("from", memory_before), ("peak", peak_memory)),
         _tile(
             "Perplexity",
             significant(evaluation.get("perplexity")),
@@ -63,13 +65,13 @@ def _tile(name: str, value: str, *pieces: tuple[str, str], meter: float | None =
 
 def predictions(record: Record, evaluation: Record, run: Record, layers: Sequence[Layer]) -> str:
     """A table of the plan's figures beside the measured ones, and the same for every layer's error as a plot."""
-    totals, plan, energy = part(record, "totals"), part(run, "predicted"), _energy(record)
+    totals, plan = part(record, "totals"), part(run, "predicted")
     rows: list[tuple[str, object, object, Callable[[object], str]]] = [
         ("Bytes on disk", totals.get("bytes_after"), evaluation.get("bytes_disk"), size),
         (
             "Relative error",
-            relative(totals.get("predicted_error"), energy),
-            relative(totals.get("measured_error"), energy),
+            _mean_error([layer.predicted for layer in layers]),
+            _mean_error([layer.measured for layer in layers]),
             significant,
         ),
         ("Time", plan.get("seconds"), part(run, "seconds").get("total"), duration),
@@ -100,16 +102,10 @@ def predictions(record: Record, evaluation: Record, run: Record, layers: Sequenc
     return f'<div class="grid2">{left}{right}</div>'
 
 
-def _energy(record: Record) -> float | None:
-    """The squared norm of the layers that were changed; None where one of them lacks it."""
-    changed = [layer for layer in record.get("layers") or [] if _error(layer) > 0]
-    energies = [finite(layer.get("energy")) for layer in changed]
-    known = [energy for energy in energies if energy is not None]
-    return sum(known) if len(known) == len(energies) else None
-
-
-def _error(layer: Record) -> float:
-    return max(finite(layer.get("predicted_error")) or 0.0, finite(layer.get("measured_error")) or 0.0)
+def _mean_error(errors: Sequence[float | None]) -> float | None:
+    """The root of the mean relative squared error, layers counting alike; None where one of them lacks it."""
+    known = [error for error in errors if error is not None]
+    return math.sqrt(sum(error**2 for error in known) / len(known)) if known and len(known) == len(errors) else None
 
 
 def _pair(predicted: float | None, measured: float | None) -> str:

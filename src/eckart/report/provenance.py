@@ -11,6 +11,8 @@ from typing import Any
 from eckart.report.numbers import MISSING, count, size
 from eckart.report.page import facts, figure
 
+OPTIONS = ("method", "form", "metric", "allocation", "budget", "data", "samples", "length", "batch_size", "seed")
+
 
 def part(record: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = record.get(key)
@@ -27,10 +29,13 @@ def provenance(record: Mapping[str, Any], evaluation: Mapping[str, Any], run: Ma
     about = {
         "Model": _plain(model.get("source")),
         "Type": _plain(model.get("model_type")),
-        "Parameters": count(model.get("parameters")),
         "Checkpoint": f"{size(model.get('bytes'))} as {_plain(model.get('dtype'))}",
         "Budget": f"{budget(record)}, {size(part(record, 'budget').get('bytes'))}",
     }
+    if "parameters" in model:
+        about["Parameters"] = count(model["parameters"])
+    if model.get("note"):
+        about["Note"] = _plain(model["note"])
     if machine:
         about["Machine"] = f"{_plain(machine.get('cpu'))}, {_plain(machine.get('threads'))} threads"
     if evaluation.get("text"):
@@ -48,20 +53,23 @@ def provenance(record: Mapping[str, Any], evaluation: Mapping[str, Any], run: Ma
 
 
 def command(record: Mapping[str, Any], name: str) -> str:
-    """The command line that repeats a job, quoted for a shell, one option a line."""
+    """The command line that repeats a job, quoted for a shell, one option a line.
+
+    What `eckart compress` has no option for is a setting of the method.
+    """
     model, job = part(record, "model"), part(record, "job")
-    options = [("-o", name)]
-    recipe = ("method",) if job.get("method") else ("form", "metric")
-    for key in (*recipe, "budget", "data", "samples", "length", "seed"):
+    options = [("--output", name)]
+    for key in OPTIONS:
         if job.get(key) is not None:
-            options.append((f"--{key}", str(job[key])))
-    lines = [shlex.join(["eckart", "compress", str(model.get("source") or "MODEL")]), *map(shlex.join, options)]
-    if job.get("sequential") is True:
-        lines.append("--sequential")
-    return " \\\n    ".join(lines)
+            options.append((f"--{key.replace('_', '-')}", str(job[key])))
+    for key, value in job.items():
+        if key not in OPTIONS:
+            options.append(("--set", f"{key}={_plain(value, none='none')}"))
+    first = shlex.join(["eckart", "compress", str(model.get("source") or "MODEL")])
+    return " \\\n    ".join([first, *map(shlex.join, options)])
 
 
-def _plain(value: object) -> str:
+def _plain(value: object, none: str = "not recorded") -> str:
     if value is None:
-        return "not recorded"
+        return none
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -49,7 +49,7 @@ def model_report(folder: Path, out: Path | None = None) -> Path:
             "Spectra",
             charts.spectra(layers),
             lead="Singular values in the metric, relative to the largest, against the share of the full rank. "
-            "One line per block; the dot marks where it was cut.",
+            "One line per block; the dot marks where it was cut. Values below 10⁻⁴ are drawn there.",
         )
         + section("How it was made", provenance(record, evaluation, run, folder.name))
         + section("Every layer", _notes(layers) + _layer_table(layers), lead="Click a heading to sort.")

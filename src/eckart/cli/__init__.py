@@ -1,0 +1,210 @@
+"""The command line: it parses, calls the library, prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eckart.cli.console import Bars, acting, err, megabytes, number, out, show_json, table
+
+app = typer.Typer(
+    name="eckart",
+    help="Make neural networks small by decomposition: one algebra, one byte budget, one checkpoint format.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, GGUF file, or 'builtin'.")]
+FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `eckart compress` wrote.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+DataOption = Annotated[str, typer.Option("--data", help="'builtin', or a .txt, .jsonl or .csv file.")]
+SamplesOption = Annotated[int, typer.Option(help="Windows of text.", min=1)]
+LengthOption = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
+SeedOption = Annotated[int, typer.Option(help="Of every random choice.")]
+
+
+@app.command()
+def methods(as_json: JsonOption = False) -> None:
+    """List the catalogue: every method, its paper, and what it is."""
+    from eckart.registry import entries
+
+    found = entries()
+    if as_json:
+        names = ("key", "wing", "family", "paper", "summary")
+        show_json({"methods": [{n: getattr(e, n) for n in names} for e in found]})
+        return
+    rows = [[e.key, e.family, e.summary] for e in found]
+    out.print(table("Methods", ["key", "family", "what it does"], rows, left=3))
+
+
+@app.command()
+def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
+    """Show what each layer is made of: bytes, spectrum, effective rank."""
+    from eckart.compression.inspect import inspect_model
+
+    with acting(as_json), Bars() as bars:
+        report = inspect_model(model, progress=bars)
+    if as_json:
+        show_json(report)
+        return
+    rows = [
+        [r["name"], "x".join(map(str, r["shape"])), megabytes(r["bytes"]), number(r["effective_rank"], 3),
+         str(r["rank_90"]), str(r["rank_99"]), str(r["break_even_rank"])]
+        for r in report["layers"]
+    ]  # fmt: skip
+    columns = ["layer", "out x in", "bytes", "effective rank", "rank for 90% energy", "for 99%", "break-even rank"]
+    out.print(table(f"{report['source']}: {megabytes(report['bytes'])}, {report['dtype']}", columns, rows))
+    out.print(f"{len(rows)} layers that can be factored hold {megabytes(report['layer_bytes'])}; a rank above the break-even one saves nothing.")  # fmt: skip # noqa: E501
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The new folder.")],
+    budget: Annotated[str, typer.Option("--budget", "-b", help="0.8, 80MB, 3.0bpw, or '0.8 linears'.")],
+    method: Annotated[str | None, typer.Option("--method", "-m", metavar="KEY", help="See `eckart methods`.")] = None,
+    form: Annotated[str | None, typer.Option(metavar="EXPR", help="Such as 'low_rank() + diagonal()'.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Such as 'input_covariance()'.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="Such as 'optimal()'.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method.")
+    ] = None,
+    data: DataOption = "builtin",
+    samples: SamplesOption = 64,
+    length: LengthOption = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows in a batch.", min=1)] = 4,
+    seed: SeedOption = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR, once the new one is whole.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Folder that keeps calibration statistics for other runs.")
+    ] = None,
+    workers: Annotated[str | None, typer.Option(help="Ray workers: a number, or a cluster's address.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compress MODEL into DIR under a byte budget."""
+    from eckart.compression import compress_to
+    from eckart.compression.workers import executor_for
+
+    with acting(as_json):
+        with Bars() as bars, executor_for(workers) as executor:
+            result = compress_to(
+                output, model, method, form=form, metric=metric, allocation=allocation, budget=budget, data=data,
+                samples=samples, length=length, batch_size=batch_size, seed=seed, resume=resume, overwrite=overwrite,
+                dry_run=dry_run, statistics=statistics, executor=executor, progress=bars, **parse_settings(settings),
+            )  # fmt: skip
+        if as_json:
+            show_json(result.to_json())
+            return
+    _show_plan(result)
+    if result.planned:
+        out.print(f"expected: {result.predicted_seconds / 60:.1f} minutes for the fit, {megabytes(result.predicted_memory)} of memory above what Python takes")  # fmt: skip # noqa: E501
+    else:
+        out.print(f"saved to [bold]{result.folder}[/]; next: eckart evaluate {result.folder} --against {model}")
+
+
+def _show_plan(result: Any) -> None:
+    rows = [
+        [x.name, x.form, f"{x.bytes:,}", _relative(x.predicted_error, x.energy), _relative(x.measured_error, x.energy)]
+        for x in result.layers
+    ]
+    out.print(table("Layers", ["layer", "form", "bytes", "predicted error", "measured error"], rows, left=2))
+    out.print(str(result))
+    for line in result.advice():
+        out.print(f"[yellow]note:[/] {line}")
+
+
+def _relative(error: float | None, energy: float | None) -> str:
+    return "-" if error is None or not energy else f"{(max(error, 0.0) / energy) ** 0.5:.4f}"
+
+
+def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """`name=value` texts as keyword arguments: numbers, true/false and none are read, other values stay text."""
+    words: dict[str, Any] = {"true": True, "false": False, "none": None}
+    found: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, sign, value = pair.partition("=")
+        if not sign or not name.strip():
+            raise ValueError(f"cannot read the setting {pair!r}: write NAME=VALUE")
+        found[name.strip()] = words.get(value.strip().lower(), _number(value.strip()))
+    return found
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A compressed folder, or any MODEL.")],
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="The original to compare with.")] = None,
+    data: DataOption = "builtin",
+    samples: SamplesOption = 16,
+    length: LengthOption = 512,
+    seed: SeedOption = 0,
+    speed: Annotated[bool, typer.Option(help="Time the model, too.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity, agreement with the original, speed and size on held-out text."""
+    from eckart.compression.card import remember_evaluation
+    from eckart.evaluation import evaluate as measure
+    from eckart.evaluation import heldout_tokens
+
+    with acting(as_json):
+        with Bars() as bars:
+            tokens, text = heldout_tokens(model, data, samples=samples, length=length, seed=seed, progress=bars)
+            found = measure(model, against, tokens=tokens, text=text, speed=speed, progress=bars)
+        if (Path(model) / "eckart.json").is_file():
+            remember_evaluation(Path(model), found.to_json())
+        if as_json:
+            show_json(found.to_json())
+            return
+    shown = {k: v for k, v in found.to_json().items() if not isinstance(v, dict)}
+    rows = [[k.replace("_", " "), number(v) if isinstance(v, float) else str(v)] for k, v in shown.items()]
+    out.print(table(f"{model}", ["figure", "value"], [r for r in rows if r[1] != "None"]))
+
+
+@app.command()
+def report(
+    folder: FolderArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML file; DIR/report.html by default.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about a compressed model."""
+    from eckart.report import model_report
+
+    with acting():
+        out.print(f"report: [bold]{model_report(folder, output).resolve()}[/]", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models and report.")] = Path("demo"),
+    model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file, or 'builtin'.")] = "builtin",
+    budget: Annotated[str, typer.Option("--budget", "-b", help="The same for all methods.")] = "0.9",
+    samples: SamplesOption = 16,
+    keep: Annotated[bool, typer.Option("--keep", help="Use what an earlier demo left.")] = False,
+) -> None:
+    """Compress the built-in model with several methods at one budget, and compare them."""
+    from eckart.cli.demo import run_demo
+
+    with acting():
+        run_demo(output, model, budget, samples, keep)
+
+
+def main() -> None:
+    """Entry point of the `eckart` command."""
+    app()
+
+
+__all__ = ["app", "err", "main"]

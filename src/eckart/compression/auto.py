@@ -1,0 +1,96 @@
+"""The best model at a size: several methods plan under the same budget, and the least loss on unseen text wins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from eckart.allocation import BudgetError, Entropy, Optimal, Uniform
+from eckart.anatomy import UnknownModel
+from eckart.calibration.calibrate import Request
+from eckart.compression.plan import Layer, Plan
+from eckart.compression.recipe import Job, Method, Recipe
+from eckart.metrics import Kronecker, OutputCovariance
+from eckart.registry import method
+
+
+def candidates() -> tuple[Method, ...]:
+    """What `auto` chooses among, the most promising first."""
+    return (
+        Recipe(metric=Kronecker(), allocation=Optimal("error")),
+        Recipe(metric=OutputCovariance(), allocation=Optimal("relative")),
+        Recipe(metric=OutputCovariance(), allocation=Entropy()),
+        Recipe(metric=OutputCovariance(), allocation=Uniform()),
+    )
+
+
+@method("auto", family="mixture", paper="eckart's own")
+@dataclass(frozen=True)
+class Auto(Method):
+    """The candidate whose plan loses least on calibration text that no statistics saw.
+
+    The first candidate weights errors on both sides by Kronecker-factored curvature and spends the budget where the
+    loss, to second order, falls most for a byte; the others are what published methods would do.
+    """
+
+    @property
+    def tries_plans(self) -> bool:
+        return True
+
+    def request(self, model: nn.Module, blocks: list[str]) -> Request:
+        return merged([c.request(model, blocks) for c in self._able(model, blocks)])
+
+    def _able(self, model: nn.Module, blocks: list[str]) -> list[Method]:
+        """The candidates that know how to treat this model."""
+        able = []
+        for candidate in candidates():
+            try:
+                candidate.request(model, blocks)
+            except UnknownModel:
+                continue
+            able.append(candidate)
+        return able
+
+    def plan(self, job: Job) -> Plan:
+        if job.trial is None:
+            raise ValueError("auto measures plans on calibration text: it needs batches with input_ids")
+        best: tuple[float, int, Plan] | None = None
+        tried, impossible = {}, []
+        for i, candidate in enumerate(candidates()):
+            if candidate not in self._able(job.model, job.blocks):
+                continue
+            try:
+                plan = candidate.plan(job)
+            except BudgetError as e:
+                impossible.append(str(e))
+                continue
+            loss = job.trial(candidate, plan)
+            tried[str(candidate)] = loss
+            if best is None or loss < best[0]:
+                best = (loss, i, plan)
+        if best is None:
+            raise BudgetError("; ".join(impossible))
+        best[2].extra |= {"candidate": best[1], "tried": tried}
+        return best[2]
+
+    def rewrite(self, job: Job, plan: Plan, part: int) -> list[Layer]:
+        return candidates()[plan.extra["candidate"]].rewrite(job, plan, part)
+
+
+def merged(requests: list[Request]) -> Request:
+    """What serves all of several methods."""
+    probes: dict[int, list[str]] = {}
+    for request in requests:
+        for part, names in request.probes.items():
+            probes[part] = list(dict.fromkeys([*probes.get(part, []), *names]))
+    labels = {r.labels for r in requests if r.gradients}
+    if len(labels) > 1:
+        raise ValueError("candidates want gradients of different losses: choose those of one kind")
+    return Request(
+        probes=probes,
+        needs=frozenset().union(*(r.needs for r in requests)),
+        labels=labels.pop() if labels else "data",
+        influence=any(r.influence for r in requests),
+        gradient_samples=max(r.gradient_samples for r in requests),
+    )
