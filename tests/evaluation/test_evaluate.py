@@ -16,7 +16,6 @@ import transformers
 from eckart.calibration.data import load_texts, token_batches
 from eckart.calibration.tokens import Tokens
 from eckart.checkpoint.source import resolve
-from eckart.evaluation import evaluate as evaluate_module
 from eckart.evaluation.agreement import agreement
 from eckart.evaluation.evaluate import evaluate
 from eckart.evaluation.memory import model_bytes
@@ -76,7 +75,7 @@ def test_folders_load_in_the_type_asked_for(llama: Make, windows: Tokens, tmp_pa
 def test_the_machine_is_measured_where_it_is_not_known(
     llama: Make, windows: Tokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_module.Machine, "measure", lambda device: MACHINE)
+    monkeypatch.setattr(Machine, "measure", lambda device: MACHINE)
     assert evaluate(llama(), tokens=windows).machine["gflop_s"] == 50.0
 
 

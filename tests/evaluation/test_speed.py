@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import time
 from collections.abc import Callable
@@ -11,9 +12,9 @@ import pytest
 import torch
 import transformers
 
-from eckart.evaluation import speed as speed_module
 from eckart.evaluation.speed import Machine, Speed, bytes_per_token, speed
 
+speed_module = importlib.import_module("eckart.evaluation.speed")  # the package has a function of that name
 Make = Callable[..., transformers.LlamaForCausalLM]
 
 

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.forms.layers import STAND_INS, StandIn, densify
+from eckart.forms.residual import Connected
 from eckart.registry import suggest
 
 METHOD = "eckart"
@@ -91,13 +92,15 @@ class EckartQuantizer(HfQuantizer):
 def install(model: Any, config: EckartConfig, dtype: torch.dtype) -> None:
     """Put the stand-ins, without values, into a model's skeleton."""
     config.validate()
-    for name in config.modules:
+    for name, spec in config.modules.items():  # a stand-in comes before those within it
         try:
             model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"the checkpoint describes {name}, which {type(model).__name__} does not have") from None
-    for name, spec in config.modules.items():
         model.set_submodule(name, STAND_INS[spec["kind"]].from_spec(model, name, spec, dtype))
+    for name, module in model.named_modules():
+        if isinstance(module, Connected):
+            module.connect(model, name)
     for name, other in config.tied.items():
         tie(model, name, other)
 
@@ -110,6 +113,14 @@ def tie(model: Any, name: str, other: str) -> None:
     model._tied_weights_keys = {**{k: v for k, v in (getattr(model, "_tied_weights_keys", None) or {}).items() if not k.startswith(f"{name}.")}, **keys}  # fmt: skip # noqa: E501
     if hasattr(model, "all_tied_weights_keys"):
         model.all_tied_weights_keys = dict(model._tied_weights_keys)
+
+
+def reconfigure(model: Any, changes: dict[str, Any]) -> None:
+    """Change entries of a transformers model's config, and with them which weights count as tied."""
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    if "tie_word_embeddings" in changes:
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:

@@ -12,17 +12,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 NAMES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
+    torch.uint32: "U32",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""safetensors' names of dtypes, in the order in which it lays out tensors."""
+
 METADATA = {"format": "pt"}
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -35,8 +42,9 @@ def tensor_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 def header_bytes(layout: Layout) -> int:
     """Bytes of the length word and the JSON header, padded to eight, of a file that holds these tensors."""
     header: dict[str, object] = {"__metadata__": METADATA}
+    order = {dtype: i for i, dtype in enumerate(NAMES)}
     offset = 0
-    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (order[item[1][0]], item[0])):
         size = tensor_bytes(dtype, shape)
         offsets = [offset, offset + size]
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": offsets}

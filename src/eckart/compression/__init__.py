@@ -5,6 +5,7 @@ from eckart.compression.asvd import ASVD
 from eckart.compression.auto import Auto
 from eckart.compression.fwsvd import FWSVD
 from eckart.compression.lord import LoRD
+from eckart.compression.modegpt import MoDeGPT
 from eckart.compression.plan import Layer, Plan
 from eckart.compression.recipe import Method, Recipe
 from eckart.compression.result import Result
@@ -22,6 +23,7 @@ __all__ = [
     "Layer",
     "LoRD",
     "Method",
+    "MoDeGPT",
     "Plan",
     "Recipe",
     "Result",

@@ -13,7 +13,7 @@ from eckart.allocation import Allocator, Budget, as_allocator
 from eckart.calibration.data import Texts, load_texts, token_batches
 from eckart.calibration.stream import Batch
 from eckart.calibration.tokens import Tokens
-from eckart.checkpoint.hf import EckartConfig, describe
+from eckart.checkpoint.hf import EckartConfig, describe, reconfigure
 from eckart.checkpoint.source import Source, resolve
 from eckart.compression.engine import run_in_memory
 from eckart.compression.folder_job import compress_folder, versions
@@ -90,6 +90,7 @@ def compress(
     result = Result.of_run(run, words)
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
+        reconfigure(model, chosen.config_changes(run.plan))
         _remember(model, words)
     return Compressed(model, result)
 
@@ -166,7 +167,8 @@ def as_batches(
     if isinstance(data, Tokens):
         return list(data.batches(batch_size))
     if _is_batches(data):
-        return [dict(batch) for batch in data]  # type: ignore[union-attr]
+        rows: Any = data
+        return list(rows)
     if tokenizer is None:
         raise ValueError("texts need a tokenizer: pass tokenizer=..., or data as batches of input_ids")
     texts: str | Path | Iterable[Any] = data

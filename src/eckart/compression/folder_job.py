@@ -24,7 +24,7 @@ from eckart.allocation import Budget
 from eckart.calibration.store import OUTSIDE
 from eckart.calibration.stream import Batch
 from eckart.checkpoint.folder import Folder, Output, part_state, read_config
-from eckart.checkpoint.hf import FORMAT, METHOD, describe
+from eckart.checkpoint.hf import FORMAT, METHOD, describe, reconfigure
 from eckart.checkpoint.layout import save_json
 from eckart.checkpoint.source import Source
 from eckart.compression.card import model_card
@@ -120,9 +120,11 @@ def compress_folder(
     plan = engine.plan()
     if dry_run:
         return Result.of_plan(plan, settings)
+    changes = method.config_changes(plan)
+    reconfigure(folder.model, changes)
     run = engine.fit(plan)
     result = Result.of_run(run, settings)
-    config = _config(source, folder, disk.stand_ins, settings)
+    config = _config(source, folder, disk.stand_ins, settings) | changes
     files = {
         "eckart.json": json.dumps(record(result, source, config), indent=1, ensure_ascii=False) + "\n",
         "README.md": model_card(result, source, config),

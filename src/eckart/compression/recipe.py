@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from eckart.allocation import Allocator, Budget, BudgetError, Problem, Uniform
 from eckart.calibration.calibrate import Request
 from eckart.calibration.store import OUTSIDE
-from eckart.calibration.subject import Subject
-from eckart.checkpoint.layout import Layout, file_bytes
+from eckart.calibration.subject import Subject, outside
+from eckart.checkpoint.layout import Layout, file_bytes, layout_of
 from eckart.compression.plan import Layer, Plan, join_notes, sample_spectrum
 from eckart.compression.solve import Executor, Task, curve, fit
 from eckart.forms import Curve, Dense, Form, LowRank, drop_in, parse
@@ -40,6 +40,7 @@ class Job:
         seed: of every random choice.
         trial: (method, plan) -> mean loss per token, on calibration text that no statistics saw, of the model as it
             would be after that plan; only for methods that ask to try plans.
+        scratch: what methods keep in memory between their calls; empty again when a killed job is resumed.
     """
 
     subject: Subject
@@ -52,6 +53,7 @@ class Job:
     progress: Callable[[str, int, int], None]
     seed: int
     trial: Callable[[Method, Plan], float] | None = None
+    scratch: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
@@ -75,7 +77,7 @@ class Job:
         """The modules that make up a part."""
         if part != OUTSIDE:
             return [self.blocks[part]]
-        return list(dict.fromkeys(k.rpartition(".")[0] for k in self.layouts[OUTSIDE]))
+        return outside(self.model, self.blocks)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,10 @@ class Method(ABC):
 
         Modules are replaced and never written into, so that a plan can be tried and taken back.
         """
+
+    def config_changes(self, plan: Plan) -> dict[str, Any]:
+        """Entries of the model's config that are different once the plan is carried out."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -170,18 +176,16 @@ class Recipe(Method):
             with job.subject.loaded(*names):
                 tasks = [self._task(job, name, part, str(self.form)) for name in names]
                 for name, (found, note) in zip(names, job.executor.map(curve, tasks), strict=True):
-                    curves[name] = found
+                    curves[name] = self._with_bias(job, name, found)
                     layers[name] = self._layer(job, name, part, note)
             job.progress("plan", done + 1, len(job.parts))
         fixed = job.input_bytes - sum(layer.dense_bytes for layer in layers.values())
-        headers = 160 * len(layers)
-        biases = 0 if not self._adds_bias else sum(layer.shape[0] * job.dtype.itemsize for layer in layers.values())
         total = job.budget.total(
             input_bytes=job.input_bytes, weights=count_weights(job), target_bytes=job.input_bytes - fixed
         )
         problem = Problem(
             curves,
-            total - fixed - headers - biases,
+            total - fixed - HEADER * len(layers),
             {name: layer.part for name, layer in layers.items() if layer.part != OUTSIDE},
             job.influence,
         )
@@ -191,14 +195,30 @@ class Recipe(Method):
                 f"{problem.smallest + total - problem.budget} bytes ({(problem.smallest + total - problem.budget) / job.input_bytes:.3f} of the input)"  # noqa: E501
             )
         choice = self.allocation.choose(problem)
-        planned = [self._planned(job, layers[name], curves[name], choice[name]) for name in layers]
-        after = fixed + sum(layer.bytes for layer in planned)
+        planned = [self._planned(layers[name], curves[name], choice[name]) for name in layers]
+        after = output_bytes(job, {layer.name: self._layout(job, layer) for layer in planned})
         seconds = 1.2 * (time.perf_counter() - started)
         return Plan(planned, job.input_bytes, after, total, seconds)
 
-    @property
-    def _adds_bias(self) -> bool:
-        return getattr(self.metric, "centred", False)
+    def _gains_bias(self, job: Job, name: str) -> bool:
+        """Whether a layer without a bias gets one, for what the mean of its inputs loses."""
+        return getattr(self.metric, "centred", False) and getattr(job.model.get_submodule(name), "bias", None) is None
+
+    def _with_bias(self, job: Job, name: str, found: Curve) -> Curve:
+        """The curve with the bytes of a new bias added to all points but the dense one."""
+        out = matrix_shape(job.model.get_submodule(name))[0]
+        extra = out * job.dtype.itemsize if self._gains_bias(job, name) else 0
+        return replace(found, nbytes=[*(n + extra for n in found.nbytes[:-1]), found.nbytes[-1]])
+
+    def _layout(self, job: Job, layer: Layer) -> Layout:
+        """The tensors that a layer will hold, by their names in its module."""
+        form, module = parse(layer.form), job.model.get_submodule(layer.name)
+        if isinstance(form, Dense):
+            return layout_of({k: v.to("meta", job.dtype) for k, v in module.state_dict().items()})
+        biased = self._gains_bias(job, layer.name) or getattr(module, "bias", None) is not None
+        bias = torch.empty(layer.shape[0], dtype=job.dtype, device="meta") if biased else None
+        matrix = form.build(layer.shape, dtype=job.dtype, device="meta")
+        return layout_of(drop_in(module, matrix, bias).state_dict())
 
     def _layer(self, job: Job, name: str, part: int, note: str | None) -> Layer:
         module = job.model.get_submodule(name)
@@ -206,15 +226,13 @@ class Recipe(Method):
         nbytes = shape[0] * shape[1] * job.dtype.itemsize
         return Layer(name, kind_of(module) or "", part, shape, str(Dense()), nbytes, nbytes, note=note)
 
-    def _planned(self, job: Job, layer: Layer, found: Curve, index: int) -> Layer:
+    def _planned(self, layer: Layer, found: Curve, index: int) -> Layer:
         form = found.forms[index]
         dense = isinstance(form, Dense)
-        module = job.model.get_submodule(layer.name)
-        gains_bias = self._adds_bias and not dense and getattr(module, "bias", None) is None
         return replace(
             layer,
             form=str(form),
-            bytes=found.nbytes[index] + (layer.shape[0] * job.dtype.itemsize if gains_bias else 0),
+            bytes=found.nbytes[index],
             predicted_error=found.errors[index],
             energy=found.energy,
             spectrum=None if found.spectrum is None else sample_spectrum(found.spectrum),
@@ -240,6 +258,21 @@ class Recipe(Method):
             job.model.set_submodule(layer.name, replacement.requires_grad_(False))
             done[layer.name] = layer.measured(result.error, result.note)
         return list(done.values())
+
+
+HEADER = 160
+"""Bytes that a factored layer's names and shapes may add to the header of its file."""
+
+
+def output_bytes(job: Job, replaced: Mapping[str, Layout]) -> int:
+    """Bytes of all weight files, to the byte, when the modules called `replaced` hold these tensors instead."""
+    total = 0
+    for layout in job.layouts.values():
+        kept = {k: v for k, v in layout.items() if k.rpartition(".")[0] not in replaced}
+        for name in dict.fromkeys(k.rpartition(".")[0] for k in layout):
+            kept |= {f"{name}.{k}": v for k, v in replaced.get(name, {}).items()}
+        total += file_bytes(kept)
+    return total
 
 
 def count_weights(job: Job) -> int:

@@ -45,9 +45,8 @@ class Result:
     @classmethod
     def of_run(cls, run: Run, settings: dict[str, Any]) -> Result:
         plan = run.plan
-        after = plan.bytes_before + sum(layer.bytes - layer.dense_bytes for layer in run.layers)
         return cls(
-            run.layers, plan.bytes_before, after, plan.budget, settings, run.seconds, plan.seconds, plan.peak_memory
+            run.layers, plan.bytes_before, plan.bytes_after, plan.budget, settings, run.seconds, plan.seconds, plan.peak_memory
         )
 
     @property

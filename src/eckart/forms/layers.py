@@ -6,6 +6,7 @@ and its `weight` is the dense matrix, formed when asked for and read-only.
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -22,20 +23,39 @@ S = TypeVar("S", bound="StandIn")
 
 
 class ReadOnly(Tensor):
-    """A formed weight. Writing to it would be lost, so in-place operations are refused."""
+    """A formed weight, or a view of one. Writing to it would be lost, so in-place operations are refused."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        written = args[0] if args and name.endswith("_") and not name.endswith("__") else None
-        if isinstance(written, ReadOnly) and name not in ("requires_grad_", "detach_"):
+        given = [*args, *(kwargs or {}).values()]
+        if any(isinstance(t, ReadOnly) for t in _written(func, given, kwargs or {})):
             raise TypeError(
                 "this weight is factored: it cannot be written to, so nothing (an adapter, say) merges into it; "
                 "make the layer dense first with `eckart.densify(model)`"
             )
         out = super().__torch_function__(func, types, args, kwargs or {})
-        inherits = name in ("__get__", "detach", "view", "t", "transpose")
-        return out if inherits or not isinstance(out, ReadOnly) else out.as_subclass(Tensor)
+        if not isinstance(out, ReadOnly):
+            return out
+        views = any(isinstance(t, ReadOnly) and _share_storage(t, out) for t in given)
+        return out if views else out.as_subclass(Tensor)
+
+
+_IN_PLACE = re.compile(r".*[^_]_|__setitem__|__i(add|sub|mul|truediv|div|floordiv|mod|pow|and|or|xor|lshift|rshift)__")
+_HARMLESS = ("requires_grad_", "detach_")
+
+
+def _written(func: Any, given: list[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """What a torch function would write to."""
+    name = getattr(func, "__name__", "")
+    in_place = name not in _HARMLESS and _IN_PLACE.fullmatch(name) or func == Tensor.data.__set__  # type: ignore[attr-defined]
+    first = given[:1] if in_place else []
+    out = kwargs.get("out")
+    return [t for x in [*first, out] for t in (x if isinstance(x, list | tuple) else [x])]
+
+
+def _share_storage(a: Tensor, b: Tensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 class StandIn(nn.Module):
@@ -178,6 +198,8 @@ class FactoredEmbedding(DropIn, nn.Embedding):
     def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:
         y = self.matrix.rows(input)
         y = y if self.bias is None else y + self.bias
+        if self.padding_idx is not None and y.requires_grad:
+            y = torch.where((input == self.padding_idx)[..., None], y.detach(), y)  # padding teaches nothing
         return y if self.scale is None else y * self.scale
 
 
@@ -211,7 +233,7 @@ class FactoredConv2d(DropIn, nn.Conv2d):
 
 def patches(x: Float[Tensor, "*batch in h w"], conv: nn.Conv2d) -> Float[Tensor, "*batch h2 w2 k"]:
     """The unfolded inputs of a convolution: one row of in * height * width numbers for every output pixel."""
-    x = x if x.dim() == 4 else x[None]
+    single, x = x.dim() == 3, x if x.dim() == 4 else x[None]
     if conv.padding_mode != "zeros":
         x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
     elif isinstance(conv.padding, str):
@@ -222,7 +244,8 @@ def patches(x: Float[Tensor, "*batch in h w"], conv: nn.Conv2d) -> Float[Tensor,
     columns = F.unfold(x, kernel, dilation, padding, stride).movedim(1, -1)
     height, width = ((x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
                      for i in (0, 1))  # fmt: skip
-    return columns.view(x.shape[0], height, width, columns.shape[-1])
+    rows = columns.view(x.shape[0], height, width, columns.shape[-1])
+    return rows[0] if single else rows
 
 
 Replaceable = nn.Linear | Conv1D | nn.Embedding | nn.Conv2d
