@@ -22,6 +22,7 @@ Departures from the paper:
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -213,7 +214,7 @@ class Solved:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def _run(job: Job, notes: dict[str, str], pair: str, tasks: list[Callable[[], Any]]) -> list[Any]:
+def _run(job: Job, notes: dict[str, str], pair: str, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
     """The results of the tasks; what they had to say is noted for the pair."""
     results = list(job.executor.map(_noted, tasks))
     note = join_notes(*(note for _, note in results))
@@ -263,8 +264,8 @@ def _joined(a: Attention, products: list[pairs.Product]) -> tuple[Tensor, Tensor
 
 
 def _kept(full: int, share: float, multiple: int) -> int | None:
-    """The multiple nearest to a share, at least one; None where that is all."""
-    width = max(1, round(share * full / multiple)) * multiple
+    """The first multiple that is no less than a share; None where that is all."""
+    width = math.ceil(share * full / multiple) * multiple
     return None if width >= full else width
 
 

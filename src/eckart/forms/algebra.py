@@ -149,7 +149,9 @@ class Product(Form):
         return left if left is not None else right
 
     def inner(self, out: int | None = None, in_: int | None = None) -> int | None:
-        return self.right.inner() if out is not None else self.left.inner()
+        if out is not None:
+            return self.right.inner(out=self.left.inner(out=out))
+        return self.left.inner(in_=self.right.inner(in_=in_))
 
     def ladder(self, shape: Shape) -> list[Form]:
         inner = self._inner_if_closed(shape)

@@ -6,7 +6,6 @@ and its `weight` is the dense matrix, formed when asked for and read-only.
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -34,28 +33,27 @@ class ReadOnly(Tensor):
                 "make the layer dense first with `eckart.densify(model)`"
             )
         out = super().__torch_function__(func, types, args, kwargs or {})
-        if not isinstance(out, ReadOnly):
-            return out
-        views = any(isinstance(t, ReadOnly) and _share_storage(t, out) for t in given)
-        return out if views else out.as_subclass(Tensor)
-
-
-_IN_PLACE = re.compile(r".*[^_]_|__setitem__|__i(add|sub|mul|truediv|div|floordiv|mod|pow|and|or|xor|lshift|rshift)__")
-_HARMLESS = ("requires_grad_", "detach_")
+        return _plain_unless_view(out, [t for t in given if isinstance(t, ReadOnly)])
 
 
 def _written(func: Any, given: list[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """What a torch function would write to."""
+    """What a torch function would write to: its first argument where its name says so, and `out`."""
     name = getattr(func, "__name__", "")
-    in_place = name not in _HARMLESS and _IN_PLACE.fullmatch(name) or func == Tensor.data.__set__  # type: ignore[attr-defined]
-    first = given[:1] if in_place else []
-    out = kwargs.get("out")
-    return [t for x in [*first, out] for t in (x if isinstance(x, list | tuple) else [x])]
+    in_place = name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "detach_")
+    in_place = in_place or name == "__setitem__" or func == Tensor.data.__set__  # type: ignore[attr-defined]
+    targets = [*given[: int(in_place)], kwargs.get("out")]
+    return [t for x in targets for t in (x if isinstance(x, list | tuple) else [x])]
 
 
-def _share_storage(a: Tensor, b: Tensor) -> bool:
-    with torch._C.DisableTorchFunctionSubclass():
-        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+def _plain_unless_view(out: Any, sources: list[ReadOnly]) -> Any:
+    """What was computed from weights is an ordinary tensor; what shares memory with one is not."""
+    if isinstance(out, ReadOnly):
+        with torch._C.DisableTorchFunctionSubclass():
+            memory = {t.untyped_storage()._cdata for t in sources}
+            return out if out.untyped_storage()._cdata in memory else out.as_subclass(Tensor)
+    if isinstance(out, list | tuple) and any(isinstance(t, ReadOnly) for t in out):
+        return type(out)([_plain_unless_view(t, sources) for t in out])
+    return out
 
 
 class StandIn(nn.Module):
@@ -303,12 +301,15 @@ def drop_in(module: nn.Module, matrix: Factored, bias: Tensor | None = None) -> 
 
 def densify(model: Any) -> Any:
     """Replace every factored layer of `model` by an ordinary dense one, in place, and return the model."""
+    described = getattr(getattr(model, "config", None), "quantization_config", None)
     for name, module in list(model.named_modules()):
         if not isinstance(module, DropIn):
             continue
-        weight = module.weight.as_subclass(Tensor).detach().clone()
+        weight = module.weight.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
         bias = None if module.bias is None else module.bias.detach().clone()
         model.set_submodule(name, _dense_layer(module, weight, bias))
+        if name in getattr(described, "modules", {}):
+            described.modules.pop(name)  # else `save_pretrained` would say that it is still factored
     return model
 
 
@@ -316,7 +317,7 @@ def _dense_layer(module: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     with torch.device("meta"):
         if isinstance(module, Conv1D):
             layer: Any = Conv1D(module.nf, module.nx)
-            bias = torch.zeros(module.nf, dtype=weight.dtype) if bias is None else bias
+            bias = weight.new_zeros(module.nf) if bias is None else bias
         elif isinstance(module, FactoredEmbedding):
             layer = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
             weight, bias = (weight if module.scale is None else weight * module.scale), None

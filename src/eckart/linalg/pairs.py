@@ -57,7 +57,9 @@ def nystrom(
         raise ValueError(f"{name}: cannot keep {width} of {n} units")
     W, C = W.double(), C.double()
     index = leverage(C, ridge, name).sort(descending=True, stable=True).indices[:width].sort().values
-    right = _solve(C[index][:, index], W @ C[:, index], name)
+    lost = torch.ones(n, dtype=torch.bool, device=C.device).index_fill(0, index, False)
+    # as a correction of the kept columns, which damping then shrinks instead of the columns themselves
+    right = W[:, index] + _solve(C[index][:, index], W[:, lost] @ C[lost][:, index], name)
     return Nystrom(index, right, restricted_error(W, right, index, C), float(((W @ C) * W).sum()))
 
 
