@@ -33,16 +33,13 @@ class Budget:
                 return cls(value, "linears" if unit else "ratio")
             if unit == "BPW" and 0 < value <= 64:
                 return cls(value, "bpw")
-            if unit in UNITS and value * UNITS[unit] >= 1:
-                return cls(value * UNITS[unit], "bytes")
+            if unit in UNITS and 1 <= value * UNITS[unit] < 1e18:
+                return cls(round(value * UNITS[unit]), "bytes")
         raise ValueError(f"cannot read the budget {text!r}: give a ratio (0.8), a size (80MB), bits per weight (3.0bpw) or a ratio of the linear layers alone ('0.8 linears')")  # fmt: skip # noqa: E501
 
     def __str__(self) -> str:
-        if self.unit == "bytes":
-            return f"{self.value / 1e6:g}MB"
-        return {"ratio": f"{self.value:g}", "bpw": f"{self.value:g}bpw", "linears": f"{self.value:g} linears"}[
-            self.unit
-        ]
+        number = str(self.value / 1e6 if self.unit == "bytes" else self.value).removesuffix(".0")
+        return number + {"bytes": "MB", "ratio": "", "bpw": "bpw", "linears": " linears"}[self.unit]
 
     def total(self, *, input_bytes: int, weights: int, target_bytes: int) -> int:
         """Bytes for the whole output.

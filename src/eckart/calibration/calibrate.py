@@ -41,6 +41,10 @@ class Request:
     def gradients(self) -> bool:
         return bool(self.needs & GRADIENT_SUMS)
 
+    def gradient_files(self, seed: int) -> str:
+        """A name for the gradient sums of this loss on these samples; the seed counts where it draws the targets."""
+        return f"gradients-{self.labels}-{self.gradient_samples}" + (f"-{seed}" if self.labels == "model" else "")
+
 
 def calibrate(stream: Stream, request: Request, store: StatisticsStore, *, seed: int, progress: Progress) -> list[float]:  # fmt: skip # noqa: E501
     """Fill `store` with what `request` asks for; blocks that it already holds are not run again.
@@ -48,9 +52,12 @@ def calibrate(stream: Stream, request: Request, store: StatisticsStore, *, seed:
     Returns the influence of the blocks, where asked for. The stream must have been started.
     """
     total = len(stream.blocks)
-    known = [store.covers(i, request.needs & INPUT_SUMS, request.probes.get(i, ())) for i in range(total)]
-    wants_outside = bool(request.probes.get(OUTSIDE)) and not store.has(OUTSIDE)
-    wants_gradients = request.gradients and not all(store.has(i, "gradients") for i in range(total))
+    inputs, slopes = request.needs & INPUT_SUMS, request.needs & GRADIENT_SUMS
+    known = [store.covers(i, inputs, request.probes.get(i, ())) for i in range(total)]
+    wants_outside = bool(request.probes.get(OUTSIDE)) and not store.covers(OUTSIDE, inputs, request.probes[OUTSIDE])
+    wants_gradients = request.gradients and not all(
+        store.covers(i, slopes, request.probes.get(i, ()), store.gradients) for i in range(total)
+    )
     if not all(known) or wants_outside or wants_gradients:
         for i in range(_resume_at(stream, known, wants_gradients), total):
             _one_block(stream, request, store, i, collect=not known[i])
@@ -60,12 +67,13 @@ def calibrate(stream: Stream, request: Request, store: StatisticsStore, *, seed:
     if wants_outside:
         _outside(stream, request, store)
     if wants_gradients:
-        targets = {i: list(names) for i, names in request.probes.items() if i != OUTSIDE}
-        blocks = collect_gradients(
-            stream, targets, request.needs, request.labels, seed, request.gradient_samples, progress
-        )
-        for i, sums in blocks:
-            store.save(i, sums, {}, "gradients")
+        wanted = {i: store.joined(i, slopes, request.probes.get(i, ()), store.gradients) for i in range(total)}
+        targets = {i: names for i, (_, names) in wanted.items()}
+        needs = frozenset().union(*(found for found, _ in wanted.values()))
+        for i, sums in collect_gradients(
+            stream, targets, needs, request.labels, seed, request.gradient_samples, progress
+        ):
+            store.save(i, sums, {name: name for name in sums}, store.gradients)
     for i in range(1, total + 1):
         stream.hidden(i).path.unlink(missing_ok=True)
     return _influence(store, total) if request.influence else []
@@ -81,9 +89,10 @@ def _resume_at(stream: Stream, known: list[bool], all_needed: bool) -> int:
 
 
 def _one_block(stream: Stream, request: Request, store: StatisticsStore, index: int, collect: bool) -> None:
-    collector = Collector(request.needs)
+    needs, names = store.joined(index, request.needs, request.probes.get(index, ()))
+    collector = Collector(needs)
     cosines = Statistics()
-    names = request.probes.get(index, ()) if collect else ()
+    names = names if collect else []
     with stream.subject.loaded(stream.blocks[index]), collector.hooked(stream.model, names):
         stream.advance(
             index,
@@ -110,8 +119,8 @@ def _influence(store: StatisticsStore, total: int) -> list[float]:
 @torch.no_grad()
 def _outside(stream: Stream, request: Request, store: StatisticsStore) -> None:
     """Statistics of the head and of other layers after (or before) the blocks."""
-    collector = Collector(request.needs & INPUT_SUMS)
-    names = request.probes[OUTSIDE]
+    needs, names = store.joined(OUTSIDE, request.needs, request.probes[OUTSIDE])
+    collector = Collector(needs)
     with stream.subject.loaded(*stream.outside), collector.hooked(stream.model, names):
         for b in range(len(stream.batches)):
             collector.next_batch(stream.mask(b))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.calibration.stream import Stream
+from eckart.calibration.stream import Stream, single_rows
 from eckart.downloads import Progress
 from eckart.metrics.statistics import GRADIENT_SUMS, INPUT_SUMS, Statistics
 
@@ -48,7 +48,7 @@ class Collector:
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = _first(args, kwargs)
             leader, _ = self._seen.setdefault(id(x), (name, x))  # keeps x alive, so that its id stays its own
             if self.leaders.setdefault(name, leader) == name:
                 if not bool(torch.isfinite(x).all()):
@@ -62,14 +62,24 @@ class Collector:
             from eckart.forms.layers import patches
 
             return patches(x, module), self.needs, None
-        mask = self.mask
-        if mask is not None and x.shape[:-1] != mask.shape:
-            mask = mask.reshape(-1) if x.dim() == 2 and x.shape[0] == mask.numel() else None
-        return x, self.needs, mask
+        return x, self.needs, _rows_of(x, self.mask)
 
     def of(self, name: str) -> Statistics:
         """The statistics of a layer; empty where no data reached it."""
         return self.sums.get(self.leaders.get(name, name), Statistics())
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is called with, however it is passed."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
+
+
+def _rows_of(x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask (b, length) as it applies to inputs that keep both dimensions or have made one of them."""
+    if mask is None or x.shape[:-1] == mask.shape:
+        return mask
+    return mask.reshape(-1) if x.dim() == 2 and x.shape[0] == mask.numel() else None
 
 
 def collect_gradients(
@@ -83,60 +93,28 @@ def collect_gradients(
     the text (`labels="data"`) or sampled from the model's own predictions (`"model"`).
     """
     wanted = frozenset(needs) & GRADIENT_SUMS
-    examples = _examples(stream, samples)
+    rows = Stream(stream.subject, single_rows(stream.batches)[:samples], stream.folder, stream.blocks)
+    rows.start()  # over the same files, which hold one row after the other
     generator = torch.Generator().manual_seed(seed)
     gradients: list[Tensor] = []
-    last = len(stream.blocks)
-    with stream.subject.loaded(*stream.outside):
-        for batch, row in examples:
-            hidden = stream.hidden(last).read(stream.shapes, batch)[row : row + 1].requires_grad_(True)
-            with _one_row(stream, batch, row), torch.enable_grad():
-                logits = stream.finish(hidden, batch).logits
-                loss = _summed_loss(logits, stream.batches[batch], labels, generator)
+    last = len(rows.blocks)
+    with rows.subject.loaded(*rows.outside):
+        for row, batch in enumerate(rows.batches):
+            hidden = rows.hidden(last).read(rows.shapes, row).requires_grad_(True)
+            with torch.enable_grad():
+                loss = _summed_loss(rows.finish(hidden, row).logits, batch, labels, generator)
                 (gradient,) = torch.autograd.grad(loss, hidden)
             gradients.append(gradient)
     for index in reversed(range(last)):
         sums: dict[str, Statistics] = {name: Statistics() for name in targets.get(index, [])}
-        with stream.subject.loaded(stream.blocks[index]):
-            for e, (batch, row) in enumerate(examples):
-                hidden = stream.hidden(index).read(stream.shapes, batch)[row : row + 1].requires_grad_(True)
-                with (
-                    _one_row(stream, batch, row),
-                    _gradient_hooks(stream.model, sums, wanted, stream.mask(batch)),
-                    torch.enable_grad(),
-                ):
-                    out = stream.run(index, hidden, batch)
-                    (gradients[e],) = torch.autograd.grad(out, hidden, gradients[e])
+        with rows.subject.loaded(rows.blocks[index]):
+            for row in range(len(rows.batches)):
+                hidden = rows.hidden(index).read(rows.shapes, row).requires_grad_(True)
+                with _gradient_hooks(rows.model, sums, wanted, rows.mask(row)), torch.enable_grad():
+                    out = rows.run(index, hidden, row)
+                    (gradients[row],) = torch.autograd.grad(out, hidden, gradients[row])
         progress("gradients", last - index, last)
         yield index, sums
-
-
-def _examples(stream: Stream, samples: int) -> list[tuple[int, int]]:
-    rows = [(b, r) for b, shape in enumerate(stream.shapes) for r in range(shape[0])]
-    return rows[:samples]
-
-
-@contextmanager
-def _one_row(stream: Stream, batch: int, row: int) -> Iterator[None]:
-    """Within the context, batch `batch` is its row `row` alone."""
-    size = stream.shapes[batch][0]
-
-    def pick(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
-            return value[row : row + 1]
-        return tuple(pick(v) for v in value) if isinstance(value, tuple) else value
-
-    whole, arguments = stream.batches[batch], [block[batch] for block in stream.arguments]
-    stream.batches[batch] = {k: pick(v) for k, v in whole.items()}
-    for block in stream.arguments:
-        args, kwargs = block[batch]
-        block[batch] = (tuple(pick(a) for a in args), {k: pick(v) for k, v in kwargs.items()})
-    try:
-        yield
-    finally:
-        stream.batches[batch] = whole
-        for block, own in zip(stream.arguments, arguments, strict=True):
-            block[batch] = own
 
 
 def _summed_loss(logits: Tensor, batch: dict[str, Any], labels: str, generator: torch.Generator) -> Tensor:
@@ -156,14 +134,15 @@ def _gradient_hooks(
     model: nn.Module, sums: dict[str, Statistics], needs: frozenset[str], mask: Tensor | None
 ) -> Iterator[None]:
     def forward_hook(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            x = args[0].detach()
-            real = mask if mask is not None and mask.shape == x.shape[:-1] else slice(None)
-            output.register_hook(lambda g: sums[name].add_gradients(x[real], g[real], needs))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = _first(args, kwargs).detach()
+            real = _rows_of(x, mask)
+            keep = slice(None) if real is None else real
+            output.register_hook(lambda g: sums[name].add_gradients(x[keep], g[keep], needs))
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(forward_hook(name)) for name in sums]
+    handles = [model.get_submodule(name).register_forward_hook(forward_hook(name), with_kwargs=True) for name in sums]
     try:
         yield
     finally:

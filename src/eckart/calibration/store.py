@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from eckart.files import whole
 from eckart.metrics.statistics import Statistics
 
 OUTSIDE = -1
@@ -17,13 +20,16 @@ OUTSIDE = -1
 
 
 class StatisticsStore:
-    """Statistics of named layers, in `folder`, by block.
+    """Statistics of named layers, in `folder`, by block, all of one model on the same data.
 
     Layers that read the same tensor share one record: `leaders` says under whose name.
+
+    Args:
+        gradients: name of the files with gradient sums; those of different losses are kept apart.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, gradients: str = "gradients"):
+        self.folder, self.gradients = folder, gradients
         folder.mkdir(parents=True, exist_ok=True)
         self._cached: dict[str, tuple[Path, dict[str, Statistics], dict[str, str]]] = {}
 
@@ -33,20 +39,25 @@ class StatisticsStore:
     def has(self, index: int, part: str = "inputs") -> bool:
         return self.path(index, part).exists()
 
-    def covers(self, index: int, needs: Iterable[str], names: Iterable[str]) -> bool:
+    def covers(self, index: int, needs: Iterable[str], names: Iterable[str], part: str = "inputs") -> bool:
         """Whether these sums were collected for these layers of a block."""
-        if not self.has(index):
+        if not self.has(index, part):
             return False
-        sums, leaders = self._load(index)
+        sums, leaders = self._load(index, part)
         return all(n in leaders and set(needs) <= sums[leaders[n]].sums.keys() for n in names)
 
+    def joined(self, index: int, needs: Iterable[str], names: Iterable[str], part: str = "inputs") -> tuple[frozenset[str], list[str]]:  # fmt: skip # noqa: E501
+        """These sums and layers, and those of the record that a new one will replace."""
+        if not self.has(index, part):
+            return frozenset(needs), list(names)
+        sums, leaders = self._load(index, part)
+        return frozenset(needs).union(*(s.sums for s in sums.values())), list(dict.fromkeys([*leaders, *names]))
+
     def save(self, index: int, sums: Mapping[str, Statistics], leaders: Mapping[str, str], part: str = "inputs") -> None:  # fmt: skip # noqa: E501
-        """Write the record of one block; it appears under its name only when it is whole."""
+        """Write the record of one block, whole or not at all."""
         tensors = {f"{name}|{key}": value for name, s in sums.items() for key, value in s.sums.items()}
-        path = self.path(index, part)
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"leaders": json.dumps(dict(leaders))})
-        os.replace(temporary, path)
+        with whole(self.path(index, part)) as temporary:
+            save_file(tensors, temporary, metadata={"leaders": json.dumps(dict(leaders))})
         self._cached.pop(part, None)
 
     def _load(self, index: int, part: str = "inputs") -> tuple[dict[str, Statistics], dict[str, str]]:
@@ -57,15 +68,30 @@ class StatisticsStore:
                 leaders = json.loads((f.metadata() or {}).get("leaders", "{}"))
                 for key in f.keys():  # noqa: SIM118
                     name, _, what = key.rpartition("|")
-                    sums.setdefault(name, Statistics()).sums[what] = f.get_tensor(key)
+                    # a copy is aligned alike wherever it lay in the file, and so are the last bits of its products
+                    sums.setdefault(name, Statistics()).sums[what] = f.get_tensor(key).clone()
             self._cached[part] = (path, sums, leaders)
         return self._cached[part][1], self._cached[part][2]
 
     def of(self, name: str, index: int) -> Statistics:
         """Everything known of one layer; empty where nothing is."""
         found = Statistics()
-        for part in ("gradients", "inputs"):
+        for part in (self.gradients, "inputs"):
             if self.has(index, part):
                 sums, leaders = self._load(index, part)
                 found.sums.update(sums.get(leaders.get(name, name), Statistics()).sums)
         return found
+
+
+def fingerprint(batches: Sequence[Mapping[str, Any]]) -> str:
+    """A hash of calibration data."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for key in sorted(batch):
+            value = batch[key]
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(f"{key} {value!r}".encode())
+    return digest.hexdigest()[:16]

@@ -7,7 +7,6 @@ block is run by itself over hidden states that lie on disk.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.calibration.subject import Subject, block_names, outside
+from eckart.files import whole
 
 Batch = dict[str, Any]
 
@@ -29,25 +29,24 @@ class HiddenStates:
         self.path = path
 
     def write(self, batches: Iterator[Tensor]) -> None:
-        """Write all batches; the file appears under its name only when it is whole."""
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "wb") as f:
+        """Write all batches, or nothing where one fails."""
+        with whole(self.path) as temporary, open(temporary, "wb") as f:
             for batch in batches:
-                batch.detach().float().cpu().contiguous().numpy().tofile(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, self.path)
+                f.write(batch.detach().float().cpu().contiguous().numpy().data)
 
     def read(self, shapes: Sequence[tuple[int, ...]], index: int) -> Tensor:
         """The batch at `index`; `shapes` are those of all batches, in order."""
         start = sum(int(np.prod(s)) for s in shapes[:index])
         count = int(np.prod(shapes[index]))
-        data = np.fromfile(self.path, dtype=np.float32, count=count, offset=4 * start)
-        if data.size != count:
+        tensor = torch.empty(shapes[index])  # aligned as torch likes it: the last bits of products depend on that
+        with open(self.path, "rb") as f:
+            f.seek(4 * start)
+            got = f.readinto(tensor.view(-1).numpy().data)
+        if got != 4 * count:
             raise ValueError(
                 f"{self.path} is shorter than the calibration data it should hold: delete it and run again"
             )
-        return torch.from_numpy(data).view(shapes[index])
+        return tensor
 
 
 class _Stop(Exception):
@@ -60,7 +59,8 @@ class _Recorder(nn.Module):
     def __init__(self, block: nn.Module, returns_tuple: bool):
         super().__init__()
         self.returns_tuple = returns_tuple
-        self.calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+        self.entered: Any = None  # the hidden states of the last call
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.output: Tensor | None = None  # what to return in place of the input
         self.keep = self.stop = False
         for name in ("attention_type", "layer_type", "layer_idx"):
@@ -73,7 +73,8 @@ class _Recorder(nn.Module):
         else:
             hidden = kwargs.pop("hidden_states")
         if self.keep:
-            self.calls.append((hidden, args, kwargs))
+            self.entered = hidden
+            self.calls.append((args, _uncached(kwargs)))
         if self.stop:
             raise _Stop
         out = hidden if self.output is None else self.output
@@ -87,7 +88,8 @@ class Stream:
         subject: the model.
         batches: keyword arguments of its forward pass, such as `input_ids` and `attention_mask`.
         folder: where hidden states are kept.
-        blocks: names of the blocks; found by `block_names` where not given.
+        blocks: names of the blocks; found by `block_names` where not given. Where a model has none, nothing enters
+            them, all layers lie outside, and `finish` runs the model whole.
     """
 
     def __init__(self, subject: Subject, batches: Sequence[Batch], folder: Path, blocks: list[str] | None = None):
@@ -123,31 +125,49 @@ class Stream:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Find what enters the first block and what else is given to each one."""
-        try:
-            first = list(self._record())
-        except (TypeError, IndexError, ValueError, RuntimeError, AttributeError):
-            self._returns_tuple = True  # blocks of this model return tuples
-            first = list(self._record())
-        if not self.hidden(0).path.exists():
-            self.hidden(0).write(iter(first))
+        """Find what enters the first block and what else is given to each one.
 
-    def _record(self) -> Iterator[Tensor]:
-        self.arguments, self.shapes = [[] for _ in self.blocks], []
-        firsts = []
-        with self.subject.loaded(*self.outside), self.hollow(keep=True) as recorders:
+        Raises `ValueError` where the model cannot run the batches.
+        """
+        with self.subject.loaded(*self.outside):
+            try:
+                self._record()
+            except (TypeError, IndexError, ValueError, RuntimeError, AttributeError) as first:
+                self._returns_tuple = True  # blocks of some models return tuples
+                try:
+                    self._record()
+                except (TypeError, IndexError, ValueError, RuntimeError, AttributeError):
+                    shapes = {k: tuple(v.shape) for k, v in self.batches[0].items() if isinstance(v, Tensor)}
+                    raise ValueError(
+                        f"{type(self.model).__name__} cannot run the calibration data, whose first batch is {shapes}: "
+                        f"{first}. Windows may be longer than it has positions, or made with another tokenizer"
+                    ) from first
+
+    def _record(self) -> None:
+        self.arguments, self.shapes = [], []
+        first = self.hidden(0)
+        if first.path.exists():
+            for _ in self._firsts():
+                pass
+        else:
+            first.write(self._firsts())
+
+    def _firsts(self) -> Iterator[Tensor]:
+        """What enters the first block, batch by batch; the other arguments of all blocks are kept."""
+        if not self.blocks:
+            self.shapes = [(0,)] * len(self.batches)
+            yield from (torch.empty(0) for _ in self.batches)
+            return
+        with self.hollow(keep=True) as recorders:
             recorders[-1].stop = True
+            self.arguments = [recorder.calls for recorder in recorders]
             for batch in self.batches:
                 with suppress(_Stop):
                     self.model(**self._inputs(batch))
-                hiddens = {r.calls[-1][0].shape for r in recorders}
-                if len(hiddens) != 1:
-                    raise IndexError("blocks return tuples")
-                firsts.append(recorders[0].calls[-1][0])
-                self.shapes.append(tuple(firsts[-1].shape))
-            for i, recorder in enumerate(recorders):
-                self.arguments[i] = [(args, _uncached(kwargs)) for _, args, kwargs in recorder.calls]
-        yield from firsts
+                if len({recorder.entered.shape for recorder in recorders}) != 1:
+                    raise IndexError("its blocks do not hand hidden states of one shape on")
+                self.shapes.append(tuple(recorders[0].entered.shape))
+                yield recorders[0].entered
 
     def _inputs(self, batch: Batch) -> Batch:
         takes_cache = getattr(getattr(self.model, "config", None), "use_cache", None) is not None
@@ -191,7 +211,8 @@ class Stream:
     def finish(self, hidden: Tensor, batch: int, **extra: Any) -> Any:
         """The model's output for one batch, given what leaves its last block. The parts outside must be loaded."""
         with self.hollow() as recorders:
-            recorders[-1].output = hidden
+            for last in recorders[-1:]:
+                last.output = hidden
             return self.model(**self._inputs({**self.batches[batch], **extra}))
 
     def mask(self, batch: int) -> Tensor | None:
@@ -204,3 +225,13 @@ class Stream:
 
 def _uncached(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: (None if k in ("past_key_values", "past_key_value") else v) for k, v in kwargs.items()}
+
+
+def single_rows(batches: Sequence[Batch]) -> list[Batch]:
+    """The same rows in batches of one."""
+
+    def row(value: Any, i: int, size: int) -> Any:
+        return value[i : i + 1] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
+
+    sizes = [next(v.shape[0] for v in batch.values() if isinstance(v, Tensor)) for batch in batches]
+    return [{k: row(v, i, n) for k, v in batch.items()} for batch, n in zip(batches, sizes, strict=True) for i in range(n)]  # fmt: skip # noqa: E501

@@ -36,21 +36,37 @@ class InMemory:
 
     @contextmanager
     def loaded(self, *names: str) -> Iterator[None]:
-        yield
+        """Within the context, parameters in half precision are float32; those that are still there get theirs back."""
+        modules = [module for name in names for module in self.model.get_submodule(name).modules()]
+        narrow = {
+            parameter: parameter.data
+            for module in modules
+            for parameter in module._parameters.values()
+            if parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
+        }
+        for parameter, stored in narrow.items():
+            parameter.data = stored.float()
+        try:
+            yield
+        finally:
+            for parameter, stored in narrow.items():
+                parameter.data = stored
 
 
 def block_names(model: nn.Module) -> list[str]:
     """Names of the blocks that a model runs through one after the other; empty where there is no such list.
 
-    Known families are looked up; in others it is the largest ModuleList of modules of one class.
+    Known families are looked up; in others it is the largest ModuleList of as many modules of one class as the config
+    says that there are hidden layers. No other list is taken for one: it may hold tables, experts or a tower's linears.
     """
     try:
         return [block.name for block in anatomy(model).blocks]
     except UnknownModel:
         pass
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     best: tuple[int, list[str]] = (0, [])
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(m) for m in module}) == 1:
+        if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(m) for m in module}) == 1:
             size = sum(p.numel() for p in module.parameters())
             if size > best[0]:
                 best = (size, [f"{name}.{i}" for i in range(len(module))])

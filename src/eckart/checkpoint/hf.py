@@ -16,7 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from eckart.forms.layers import STAND_INS, StandIn, densify
+from eckart.forms.layers import STAND_INS, DropIn, StandIn, densify
 from eckart.forms.residual import Connected
 from eckart.registry import suggest
 
@@ -57,10 +57,14 @@ class EckartConfig(QuantizationConfigMixin):
         for name, spec in self.modules.items():
             if not isinstance(spec, dict) or not re.fullmatch(r"[\w.]+", name):
                 raise ValueError(f"quantization_config.modules[{name!r}] is not the description of a module")
-            if spec.get("kind") not in STAND_INS:
-                raise ValueError(f"{name}: unknown kind {spec.get('kind')!r}{suggest(str(spec.get('kind')), list(STAND_INS))}")  # fmt: skip # noqa: E501
-        if not isinstance(self.tied, dict) or not all(t in self.modules for t in self.tied.values()):
+            kind = spec.get("kind")
+            if not isinstance(kind, str) or kind not in STAND_INS:
+                raise ValueError(f"{name}: unknown kind {kind!r}{suggest(str(kind), list(STAND_INS))}")
+        names = [*self.tied, *self.tied.values()] if isinstance(self.tied, dict) else [None]
+        if not all(isinstance(name, str) and name in self.modules for name in names):
             raise ValueError("quantization_config.tied names a module that is not in quantization_config.modules")
+        if not isinstance(self.history, list):
+            raise ValueError("quantization_config.history is not a list of what was applied")
 
 
 @register_quantizer(METHOD)
@@ -83,6 +87,7 @@ class EckartQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model.config.quantization_config = self.quantization_config
+        check_filled(model, self.quantization_config)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -105,9 +110,21 @@ def install(model: Any, config: EckartConfig, dtype: torch.dtype) -> None:
         tie(model, name, other)
 
 
+def check_filled(model: Any, config: EckartConfig) -> None:
+    """Raise `ValueError` where no file held a tensor of a stand-in, which transformers would leave undefined."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name in config.modules:
+        for key, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
+            filled = getattr(tensor, "_is_hf_initialized", False) or tensor.device.type == "meta"  # meta: offloaded
+            if not filled and f"{name}.{key}" not in tied:
+                raise ValueError(f"the checkpoint lacks {name}.{key}, or holds it in another shape")
+
+
 def tie(model: Any, name: str, other: str) -> None:
     """Let the stand-in at `name` hold the very matrix of the one at `other`."""
     own, shared = model.get_submodule(name), model.get_submodule(other)
+    if not (isinstance(own, DropIn) and isinstance(shared, DropIn) and own.matrix.shape == shared.matrix.shape):
+        raise ValueError(f"{name} cannot share the matrix of {other}")
     own.matrix = shared.matrix
     keys = {f"{name}.matrix.{k}": f"{other}.matrix.{k}" for k, _ in shared.matrix.named_parameters()}
     model._tied_weights_keys = {**{k: v for k, v in (getattr(model, "_tied_weights_keys", None) or {}).items() if not k.startswith(f"{name}.")}, **keys}  # fmt: skip # noqa: E501

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from eckart.files import whole
 
 NAMES = {
     torch.uint64: "U64",
@@ -64,21 +65,12 @@ def layout_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tup
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file under a temporary name, flush it, and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=METADATA)
-    _sync(temporary)
-    os.replace(temporary, path)
+    """Write a safetensors file, whole or not at all."""
+    with whole(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=METADATA)
 
 
 def save_json(data: object, path: Path) -> None:
-    """Write JSON under a temporary name, flush it, and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
+    """Write JSON, whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from eckart.compression.modegpt import MoDeGPT
 from eckart.compression.plan import Layer, Plan
 from eckart.compression.recipe import Method, Recipe
 from eckart.compression.result import Result
+from eckart.compression.slicegpt import SliceGPT
 from eckart.compression.svd import SVD
 from eckart.compression.svd_llm import SVDLLM
 from eckart.compression.welore import WeLore
@@ -27,6 +28,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Result",
+    "SliceGPT",
     "WeLore",
     "compress",
     "compress_to",

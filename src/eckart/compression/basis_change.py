@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,81 +15,83 @@ from eckart.compression.residual_stream import ResidualStream, Site
 from eckart.forms.layers import STAND_INS, matrix_of, matrix_shape
 from eckart.forms.residual import Narrow, ResidualWriter, StreamNorm
 
-Basis = Float[Tensor, "d k"]
 ROWS = 4096
 """Rows of a matrix that are in float64 at a time."""
 
 
+def empty_at(model: nn.Module, stream: ResidualStream, site: Site, width: int, dtype: torch.dtype) -> nn.Module:
+    """What stands at a site when the stream is `width` wide, without values: just what loading a checkpoint makes."""
+    spec = _spec(model, stream, site, width)
+    return STAND_INS[spec["kind"]].from_spec(model, site.name, spec, dtype)
+
+
 def _spec(model: nn.Module, stream: ResidualStream, site: Site, width: int) -> dict[str, Any]:
-    """What stands at a site when the stream is `width` wide, as checkpoints describe it."""
     if site.role == "norm":
-        assert site.norm is not None
         return {"kind": StreamNorm.kind, "width": width, "divisor": stream.width, "eps": float(site.norm.eps)}
     module = model.get_submodule(site.name)
     out, in_ = matrix_shape(module)
-    bias = getattr(module, "bias", None) is not None
-    if site.role == "reader" and site.norm is not None:
-        bias = bias or getattr(model.get_submodule(site.norm.name), "bias", None) is not None
     shape = [width, in_] if site.role == "writer" else [out, width]
+    bias = getattr(module, "bias", None) is not None
+    if site.role == "reader":
+        bias = bias or getattr(model.get_submodule(site.norm.name), "bias", None) is not None
     if site.since is None:
         return {"kind": Narrow.kind, "shape": shape, "bias": bias}
-    assert site.norm is not None
     return {"kind": ResidualWriter.kind, "shape": shape, "bias": bias, "norm": site.norm.name}
 
 
-def _empty(job: Job, site: Site, spec: dict[str, Any]) -> nn.Module:
-    return STAND_INS[spec["kind"]].from_spec(job.model, site.name, spec, job.dtype)
+def rewritten(
+    model: nn.Module, stream: ResidualStream, site: Site, bases: Mapping[int, Float[Tensor, "d k"]], dtype: torch.dtype
+) -> nn.Module:
+    """What stands at a site when the stream's coordinates at each point are those along the columns of its basis.
 
-
-def _rewritten(job: Job, stream: ResidualStream, site: Site, bases: dict[int, Basis]) -> nn.Module:
-    """The module that stands at a site from now on, filled."""
+    The basis of a point must have orthonormal columns; float64. The norms' gains and biases go into the readers, and
+    where the norms subtract the mean, what writes the stream is made mean-free.
+    """
     basis = bases[site.point]
-    new = _empty(job, site, _spec(job.model, stream, site, basis.shape[1]))
+    new = empty_at(model, stream, site, basis.shape[1], dtype)
     if site.role == "norm":
         return new
-    module = job.model.get_submodule(site.name)
-    matrix, own = matrix_of(module).detach(), getattr(module, "bias", None)
-    bias = None if own is None else own.detach().double()
+    module = model.get_submodule(site.name)
+    matrix = matrix_of(module).detach()
+    bias = _double(module, "bias")
     basis = basis.to(matrix.device)
-    tensors: dict[str, Tensor] = {}
     if site.role == "reader":
-        gain, shift = _gain_and_shift(job.model, site.norm)
-        weight = _project(matrix, basis if gain is None else gain[:, None] * basis, job.dtype)
+        gain, shift = _gain(model, site.norm), _double(model.get_submodule(site.norm.name), "bias")
+        weight = _project(matrix, basis if gain is None else gain[:, None] * basis, dtype)
         if shift is not None:
             moved = _project(matrix, shift[:, None], torch.float64)[:, 0]
             bias = moved if bias is None else bias + moved
     else:
-        written = _centred(basis) if stream.centred else basis
-        if site.role == "source":
-            weight = _project(matrix, written, job.dtype)
-        else:
-            weight = _project(matrix.T, written, job.dtype).T
-            bias = None if bias is None else bias @ written
-    if site.since is not None:
-        tensors["shortcut"] = bases[site.since].T @ bases[site.point]
-    prefix = "" if site.since is None else "linear."
-    tensors[f"{prefix}weight"] = weight.T if isinstance(module, Conv1D) else weight
+        written = centred(basis) if stream.centred else basis
+        rows = matrix if site.role == "source" else matrix.T
+        weight = _project(rows, written, dtype)
+        weight = weight if site.role == "source" else weight.T
+        bias = None if bias is None else bias @ written
+    tensors = {"weight": weight.T if isinstance(module, Conv1D) else weight}
     if bias is not None:
-        tensors[f"{prefix}bias"] = bias
-    stored = {k: v.to(matrix.device, job.dtype).contiguous() for k, v in tensors.items()}
-    new.load_state_dict(stored, assign=True)
-    return new
+        tensors["bias"] = bias
+    if site.since is not None:
+        tensors = {f"linear.{key}": value for key, value in tensors.items()}
+        tensors["shortcut"] = bases[site.since].T @ bases[site.point]
+    new.load_state_dict({k: v.to(matrix.device, dtype).contiguous() for k, v in tensors.items()}, assign=True)
+    return new.requires_grad_(False)
 
 
-def _gain_and_shift(model: nn.Module, norm: Norm | None) -> tuple[Tensor | None, Tensor | None]:
-    """What a norm multiplies by and adds, in float64."""
-    assert norm is not None
-    module = model.get_submodule(norm.name)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    gain = None if weight is None else norm.gain_offset + weight.detach().double()
-    return gain, None if bias is None else bias.detach().double()
+def centred(columns: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
+    """(I - 1 1^T / d) columns: what they are to a norm that subtracts the mean."""
+    return columns - columns.mean(0, keepdim=True)
+
+
+def _gain(model: nn.Module, norm: Norm) -> Float[Tensor, " d"] | None:
+    weight = _double(model.get_submodule(norm.name), "weight")
+    return None if weight is None else norm.gain_offset + weight
+
+
+def _double(module: nn.Module, name: str) -> Tensor | None:
+    value = getattr(module, name, None)
+    return None if value is None else value.detach().double()
 
 
 def _project(rows: Float[Tensor, "n d"], right: Float[Tensor, "d k"], dtype: torch.dtype) -> Float[Tensor, "n k"]:
     """rows @ right, computed in float64."""
     return torch.cat([(chunk.double() @ right).to(dtype) for chunk in rows.split(ROWS)])
-
-
-def _centred(columns: Float[Tensor, "d n"]) -> Float[Tensor, "d n"]:
-    """(I - 1 1^T / d) columns: what a centred stream makes of them."""
-    return columns - columns.mean(0, keepdim=True)

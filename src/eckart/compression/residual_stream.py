@@ -1,4 +1,4 @@
-"""A decoder's residual stream as a chain of points, and the modules that meet it there: what a new basis must change."""
+"""A decoder's residual stream as a chain of points, and the modules that meet it: what a new basis must change."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import nn
 from eckart.anatomy import Anatomy, Block, Norm, anatomy
 from eckart.calibration.store import OUTSIDE
 from eckart.forms.layers import StandIn, kind_of
+
+Role = Literal["source", "norm", "reader", "writer"]
+KINDS = {"source": ("embedding",), "reader": ("linear", "conv1d"), "writer": ("linear", "conv1d")}
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,16 @@ class Site:
         name, part: which module, and the index of its block, or -1.
         role: `source` (embeddings, which are summed into the first stream), `norm`, `reader` or `writer`.
         point: where it reads; of what it writes, the point that comes next.
-        norm: itself, for a norm; the one that a reader reads through; of a writer, the one at the head of its sub-layer.
+        norm: itself, for a norm; what a reader reads through; of a writer, what is at the head of its sub-layer; the
+            first one, for a source.
         since: of the writer before a sum where the basis changes, the point before the sum; else None.
     """
 
     name: str
     part: int
-    role: Literal["source", "norm", "reader", "writer"]
+    role: Role
     point: int
-    norm: Norm | None = None
+    norm: Norm
     since: int | None = None
 
 
@@ -57,24 +61,34 @@ class ResidualStream:
     sites: tuple[Site, ...]
 
     def of(self, part: int) -> list[Site]:
+        """The sites of one part."""
         return [site for site in self.sites if site.part == part]
+
+    def heads(self) -> list[Site]:
+        """The readers after the last block."""
+        return [site for site in self.of(OUTSIDE) if site.role == "reader"]
 
 
 def residual_stream(model: nn.Module) -> ResidualStream:
     """The stream of a decoder. Raises `ValueError` where its basis cannot be changed, naming the module and why."""
     found = anatomy(model)
-    _check(found, model)
+    final, obstacle = found.final_norm, _obstacle(found)
+    if obstacle is not None or final is None:
+        raise ValueError(
+            f"the residual stream of {type(model).__name__} ({found.model_type}) cannot be rotated: {obstacle}"
+        )
     points: list[Point] = []
     inside = [site for part, block in enumerate(found.blocks) for site in _block(block, part, points)]
-    final = found.final_norm
-    assert final is not None  # seen to by _check
-    last = len(points)
-    sites = [Site(name, OUTSIDE, "source", 0) for name in found.writers()]
-    sites += [*inside, Site(final.name, OUTSIDE, "norm", last, final)]
-    sites += [Site(name, OUTSIDE, "reader", last, final) for name in found.readers()]
+    last, first = len(points), found.blocks[0].attention_norm
+    sites = (
+        *(Site(name, OUTSIDE, "source", 0, first) for name in found.writers()),
+        *inside,
+        Site(final.name, OUTSIDE, "norm", last, final),
+        *(Site(name, OUTSIDE, "reader", last, final) for name in found.readers()),
+    )
     for site in sites:
-        _check_site(site, model)
-    return ResidualStream(found.width, final.kind == "layer", (*points, Point(final.name, OUTSIDE)), tuple(sites))
+        _check(site, model)
+    return ResidualStream(found.width, final.kind == "layer", (*points, Point(final.name, OUTSIDE)), sites)
 
 
 def _block(block: Block, part: int, points: list[Point]) -> list[Site]:
@@ -86,45 +100,45 @@ def _block(block: Block, part: int, points: list[Point]) -> list[Site]:
         middle = len(points)
         points.append(Point(second.name, part))
     end = len(points)
-    sites = [Site(norm.name, part, "norm", at, norm) for norm, at in {second: middle, first: start}.items()]
-    sites += [Site(name, part, "reader", start, first) for name in block.attention.readers()]
-    sites += [Site(name, part, "reader", middle, second) for name in block.mlp.readers()]
-    attention = ("writer", end, first, None) if block.parallel else ("writer", middle, first, start)
-    sites += [Site(name, part, *attention) for name in block.attention.writers()]
-    sites += [Site(name, part, "writer", end, second, middle) for name in block.mlp.writers()]
-    return sites
+    after_attention, since = (end, None) if block.parallel else (middle, start)
+    return [
+        *(Site(norm.name, part, "norm", at, norm) for norm, at in {second: middle, first: start}.items()),
+        *(Site(name, part, "reader", start, first) for name in block.attention.readers()),
+        *(Site(name, part, "writer", after_attention, first, since) for name in block.attention.writers()),
+        *(Site(name, part, "reader", middle, second) for name in block.mlp.readers()),
+        *(Site(name, part, "writer", end, second, middle) for name in block.mlp.writers()),
+    ]
 
 
-def _check(found: Anatomy, model: nn.Module) -> None:
-    """Refuse models whose stream is more than sums between norms that commute with a rotation."""
+def _obstacle(found: Anatomy) -> str | None:
+    """Why the stream is more than sums between norms that commute with a rotation."""
     first = found.blocks[0]
     sandwich = first.post_attention_norm or first.post_mlp_norm
-    obstacle = None
     if not first.pre_norm or found.final_norm is None:
-        obstacle = f"it norms the stream after each sum ({first.attention_norm.name}) and not where it is read"
-    elif sandwich is not None:
-        obstacle = f"the norm {sandwich.name} stands between a layer's output and the stream, and has a gain there"
-    elif found.embedding_projection is not None:
-        obstacle = f"{found.embedding_projection} stands between the token table and the stream"
-    elif found.embedding_norm is not None:
-        obstacle = f"the norm {found.embedding_norm.name} stands between the embeddings and the stream"
-    elif found.kind != "decoder":
-        obstacle = f"it is a {found.kind} model, and only decoders are supported"
-    elif found.unplaced:
-        obstacle = f"it is not known how {', '.join(found.unplaced[:3])} meet the stream"
-    elif not found.readers():
-        obstacle = "it has no head, so whatever takes its output expects the whole stream: give the model with its head"
-    if obstacle:
-        raise ValueError(f"the residual stream of {type(model).__name__} ({found.model_type}) cannot be rotated: {obstacle}")  # fmt: skip # noqa: E501
+        return f"it norms the stream after each sum ({first.attention_norm.name}), not where it is read"
+    if sandwich is not None:
+        return f"the norm {sandwich.name} stands between a layer's output and the stream, and has a gain there"
+    if found.embedding_projection is not None:
+        return f"{found.embedding_projection} stands between the token table and the stream"
+    if found.embedding_norm is not None:
+        return f"the norm {found.embedding_norm.name} stands between the embeddings and the stream"
+    if found.kind != "decoder":
+        return f"it is a {found.kind} model, and only decoders are supported"
+    if found.unplaced:
+        return f"it is not known how {', '.join(found.unplaced[:3])} meet the stream"
+    if not found.readers():
+        return "it has no head, and what takes its output expects the whole stream: give the model with its head"
+    return None
 
 
-def _check_site(site: Site, model: nn.Module) -> None:
+def _check(site: Site, model: nn.Module) -> None:
     module = model.get_submodule(site.name)
     if isinstance(module, StandIn):
-        raise ValueError(f"{site.name} is compressed already ({type(module).__name__}): change the stream's basis first, and compress the rest after it")  # fmt: skip # noqa: E501
-    wanted = "embedding" if site.role == "source" else site.role
-    kinds = {"embedding": ("embedding",), "reader": ("linear", "conv1d"), "writer": ("linear", "conv1d")}
-    if site.role != "norm" and kind_of(module) not in kinds[wanted]:
-        raise ValueError(f"{site.name} is a {type(module).__name__}, which cannot be given another basis as {wanted}")
-    if site.role == "norm" and (site.norm is None or set(dict(module.named_parameters())) - {"weight", "bias"}):
+        raise ValueError(
+            f"{site.name} is compressed already ({type(module).__name__}): change the stream's basis first, "
+            "and compress the rest after it"
+        )
+    if site.role == "norm" and set(dict(module.named_parameters())) - {"weight", "bias"}:
         raise ValueError(f"the norm {site.name} ({type(module).__name__}) has more than a gain and a bias")
+    if site.role != "norm" and kind_of(module) not in KINDS[site.role]:
+        raise ValueError(f"{site.name} is a {type(module).__name__}, which cannot be given another basis")

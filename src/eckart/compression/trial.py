@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eckart.calibration.store import OUTSIDE
-from eckart.calibration.stream import Batch, Stream
+from eckart.calibration.stream import Batch, Stream, single_rows
 from eckart.compression.plan import Plan
 from eckart.compression.recipe import Job, Method
 
@@ -66,16 +65,6 @@ def token_losses(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
     return losses, real[:, 1:] & real[:, :-1]
-
-
-def single_rows(batches: Sequence[Batch]) -> list[Batch]:
-    """Batches of one window each."""
-
-    def row(value: Any, i: int, size: int) -> Any:
-        return value[i : i + 1] if isinstance(value, Tensor) and value.dim() and value.shape[0] == size else value
-
-    sizes = [int(batch["input_ids"].shape[0]) for batch in batches]
-    return [{k: row(v, i, n) for k, v in batch.items()} for batch, n in zip(batches, sizes, strict=True) for i in range(n)]  # fmt: skip # noqa: E501
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from eckart.forms.dense import Dense, widths
 from eckart.linalg.svd import truncated_svd
 from eckart.linalg.weighting import PLAIN, Weighting, weighted_lstsq_left, weighted_lstsq_right
 
-SWEEPS, TOLERANCE, RUNGS = 30, 1e-4, 12
+SWEEPS, RUNGS = 30, 12
 
 
 class SumMatrix(Factored):
@@ -108,7 +108,7 @@ class Sum(Form):
         alone = [weighting.norm2(matrix - f.dense().detach().to(matrix.dtype)) for f in fitted]
         order = sorted(range(len(fitted)), key=alone.__getitem__)
         parts = [torch.zeros_like(matrix) for _ in self.terms]
-        best, before = list(fitted), float("inf")
+        best, before, energy = list(fitted), float("inf"), weighting.norm2(matrix)
         for _ in range(SWEEPS):
             for i in order:
                 rest = matrix - sum(p for j, p in enumerate(parts) if j != i)
@@ -117,7 +117,7 @@ class Sum(Form):
             error = weighting.norm2(matrix - sum(parts))
             if error < before:
                 best = list(fitted)
-            if before - error <= TOLERANCE * error:
+            if _settled(before, error, energy):
                 break
             before = error
         return SumMatrix(best, self)
@@ -185,9 +185,9 @@ class Product(Form):
     ) -> ProductMatrix:
         out, in_ = matrix.shape
         inner = self._closed_inner((out, in_))
-        W = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        dtype, W = dtype or matrix.dtype, matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         X, Y = _start(W, inner, weighting)
-        best, before = None, float("inf")
+        best, before, energy = None, float("inf"), weighting.norm2(W)
         for _ in range(SWEEPS):
             right = self.right.fit(Y, weighting.through_left(X), dtype=dtype)
             Y = right.dense().detach().to(W.dtype)
@@ -197,7 +197,7 @@ class Product(Form):
             error = weighting.norm2(W - X @ Y)
             if best is None or error < before:
                 best = (left, right)
-            if before - error <= TOLERANCE * error:
+            if _settled(before, error, energy):
                 break
             before = error
             Y = weighted_lstsq_right(X, W, weighting).to(W.dtype)
@@ -205,8 +205,13 @@ class Product(Form):
         return ProductMatrix(*best, self)
 
 
+def _settled(before: float, error: float, energy: float) -> bool:
+    """Whether another sweep is not worth it: it would gain little of what is left, or what is left is next to nothing."""
+    return before - error <= 1e-4 * max(error, 1e-4 * energy)
+
+
 def _start(W: Float[Tensor, "out in"], inner: int, weighting: Weighting) -> tuple[Tensor, Tensor]:
-    """Factors to start from: the truncated SVD of the weighted matrix, or where the inside is wider, an identity beside the matrix."""
+    """Factors to start from: the weighted truncated SVD, or where the inside is wider, the matrix and an identity."""
     out, in_ = W.shape
     if inner == in_ and inner != out:
         return W, torch.eye(in_, dtype=W.dtype, device=W.device)

@@ -301,11 +301,12 @@ def drop_in(module: nn.Module, matrix: Factored, bias: Tensor | None = None) -> 
 
 def densify(model: Any) -> Any:
     """Replace every factored layer of `model` by an ordinary dense one, in place, and return the model."""
-    described = getattr(getattr(model, "config", None), "quantization_config", None)
+    described: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     for name, module in list(model.named_modules()):
         if not isinstance(module, DropIn):
             continue
-        weight = module.weight.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
+        formed: Any = module.weight
+        weight = formed.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
         bias = None if module.bias is None else module.bias.detach().clone()
         model.set_submodule(name, _dense_layer(module, weight, bias))
         if name in getattr(described, "modules", {}):
@@ -314,6 +315,7 @@ def densify(model: Any) -> Any:
 
 
 def _dense_layer(module: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    conv: Any = module
     with torch.device("meta"):
         if isinstance(module, Conv1D):
             layer: Any = Conv1D(module.nf, module.nx)
@@ -322,8 +324,8 @@ def _dense_layer(module: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
             layer = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
             weight, bias = (weight if module.scale is None else weight * module.scale), None
         elif isinstance(module, nn.Conv2d):
-            layer = nn.Conv2d(module.in_channels, module.out_channels, module.kernel_size, module.stride,
-                              module.padding, module.dilation, 1, bias is not None, module.padding_mode)  # fmt: skip
+            layer = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+                              conv.dilation, 1, bias is not None, conv.padding_mode)  # fmt: skip
         else:
             layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     layer.weight = nn.Parameter(weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -74,7 +75,9 @@ class LowRank(Form):
     ) -> ProductMatrix:
         rank = self._rank((matrix.shape[0], matrix.shape[1]))
         W = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        U = truncated_svd(weighting.apply(W), rank).U
+        # weighted spectra fall so far that float32 would be tried in vain
+        purpose: Literal["factors", "spectrum"] = "factors" if weighting is PLAIN else "spectrum"
+        U = truncated_svd(weighting.apply(W), rank, purpose=purpose).U
         left, right = balance(weighting.unapply_left(U), U.T @ weighting.left.times(W.T).T)
         return ProductMatrix(
             Dense().fit(left.to(matrix.dtype), dtype=dtype), Dense().fit(right.to(matrix.dtype), dtype=dtype), self

@@ -23,7 +23,7 @@ class Connected(StandIn):
     """A stand-in that works with another module of the model."""
 
     def connect(self, model: nn.Module, name: str) -> None:
-        """Find the other module, once all are in place; `name` is this one's. Raises `ValueError` if it is not there."""
+        """Find the other module, once all are in place; `name` is this one's. Raises `ValueError` if it is missing."""
         raise NotImplementedError
 
 
@@ -61,11 +61,13 @@ class StreamNorm(StandIn):
 
     @classmethod
     def from_spec(cls, model: nn.Module, name: str, spec: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-        width, divisor, eps = spec.get("width"), spec.get("divisor"), spec.get("eps")
+        width: Any = spec.get("width")
+        divisor: Any = spec.get("divisor")
+        eps: Any = spec.get("eps")
         if any(True for _ in model.get_submodule(name).children()):
             raise ValueError(f"{name}: the checkpoint says {cls.kind}, the model has {_class(model, name)}")
-        if not (_positive(width) and _positive(divisor) and width <= divisor):
-            raise ValueError(f"{name}: {width!r} of {divisor!r} is not a width and the width before")
+        if not _positive(width) or not _positive(divisor) or width > divisor:
+            raise ValueError(f"{name}: {width!r} and {divisor!r} are not a width and the width before")
         if not isinstance(eps, float) or not 0 <= eps < 1:
             raise ValueError(f"{name}: {eps!r} is not the eps of a norm")
         return cls(width, divisor, eps)
@@ -102,13 +104,14 @@ class Narrow(StandIn):
 
 
 @cache
-def _narrow_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _narrow_class(cls: Any) -> type[nn.Module]:
     return type(f"Narrow{cls.__name__}", (Narrow, cls), {"__module__": __name__})
 
 
 def narrow(module: nn.Module, shape: Shape, bias: bool, dtype: torch.dtype) -> nn.Module:
     """A `Narrow` that is like `module` but holds a matrix of another shape (out, in), without values."""
-    cls = _narrow_class(type(module))
+    own_class: Any = type(module)
+    cls = _narrow_class(own_class)
     new = cls.__new__(cls)
     nn.Module.__init__(new)
     own = set(vars(new)) | {"forward", "_hf_hook", "_old_forward"}  # the last three are accelerate's
@@ -170,6 +173,11 @@ class ResidualWriter(Connected):
             plain = Conv1D(1, 1) if kind_of(model.get_submodule(name)) == "conv1d" else nn.Linear(1, 1)
         return cls(_resize(plain, shape, bool(spec.get("bias")), dtype), norm, dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """Of the linear layer: GPT-2's initialisation asks for it by this name."""
+        return self.linear.weight  # type: ignore[return-value]
+
     def connect(self, model: nn.Module, name: str) -> None:
         try:
             norm = model.get_submodule(self.norm)
@@ -189,7 +197,8 @@ class ResidualWriter(Connected):
 def _shape(model: nn.Module, name: str, spec: dict[str, Any], kind: str) -> Shape:
     """The shape in a spec, if a module of that shape can stand at `name`."""
     module = model.get_submodule(name)
-    if kind_of(module) not in ("linear", "conv1d", "embedding") or kind != Narrow.kind and isinstance(module, nn.Embedding):
+    kinds = ("linear", "conv1d", "embedding") if kind == Narrow.kind else ("linear", "conv1d")
+    if kind_of(module) not in kinds:
         raise ValueError(f"{name}: the checkpoint says {kind}, the model has {type(module).__name__}")
     own, shape = matrix_shape(module), spec.get("shape")
     if not (isinstance(shape, list) and len(shape) == 2 and all(_positive(n) for n in shape)):

@@ -41,7 +41,7 @@ def nystrom(
 ) -> Nystrom:
     """The `width` units of largest ridge leverage, and argmin_V E || W a - V a_J ||² = W C[:, J] C[J, J]⁻¹.
 
-    A singular C[J, J] is damped until it can be solved, with a `Damped` warning.
+    A singular C[J, J] is damped by `JITTER`; where that is not enough, by more, with a `Damped` warning.
 
     Args:
         W: the second matrix.

@@ -95,9 +95,9 @@ class Damped(UserWarning):
     """A weight needed more damping than was asked for."""
 
 
-def damped_diagonal(d: Float[Tensor, " n"], damping: float) -> Float[Tensor, " n"]:
+def damped_diagonal(d: Float[Tensor, " n"], damping: float, name: str = "") -> Float[Tensor, " n"]:
     """max(d, damping * mean(d)): dead entries get a small weight instead of none. All-zero input gives ones."""
-    check_finite(d, "a diagonal weight")
+    check_finite(d, f"the diagonal weight{' of ' + name if name else ''}")
     d = d.double()
     mean = float(d.mean()) if d.numel() else 0.0
     return d.clamp_min(damping * mean) if mean > 0 else torch.ones_like(d)
@@ -124,14 +124,13 @@ def psd_root(
     scale = float(C.diagonal().mean()) if n else 0.0
     if scale <= 0.0:
         return IdentityRoot()
-    eye = torch.eye(n, dtype=C.dtype, device=C.device)
     if kind == "eigen":
-        values, Q = torch.linalg.eigh(C + damping * scale * eye)
+        values, Q = torch.linalg.eigh(_shifted(C, damping * scale))
         keep = values > values[-1] * n * torch.finfo(torch.float64).eps
         return EigenRoot(Q[:, keep], values[keep])
     tried = damping
     while tried < 1.0:
-        S, info = torch.linalg.cholesky_ex(C + tried * scale * eye)
+        S, info = torch.linalg.cholesky_ex(_shifted(C, tried * scale))
         if int(info) == 0:
             if tried > damping:
                 text = f"the covariance{' of ' + name if name else ''} is rank-deficient"
@@ -139,6 +138,13 @@ def psd_root(
             return TriangularRoot(S)
         tried = max(tried * 10, 1e-12)
     raise ValueError(f"the covariance{' of ' + name if name else ''} is not positive semi-definite (even damped by 1)")
+
+
+def _shifted(C: Float[Tensor, "n n"], by: float) -> Float[Tensor, "n n"]:
+    """C + by * I."""
+    shifted = C.clone()
+    shifted.diagonal().add_(by)
+    return shifted
 
 
 def check_finite(x: Tensor, what: str) -> None:

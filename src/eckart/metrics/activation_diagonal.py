@@ -34,4 +34,4 @@ class ActivationDiagonal(Metric):
 
     def weighting(self, statistics: Statistics, where: str = "") -> Weighting:
         size = statistics.mean("abs", where) if self.statistic == "abs" else statistics.mean("square", where).sqrt()
-        return Weighting(right=DiagonalRoot(damped_diagonal(size, self.damping) ** self.power))
+        return Weighting(right=DiagonalRoot(damped_diagonal(size, self.damping, where) ** self.power))

@@ -49,9 +49,14 @@ def as_metric(metric: Metric | str) -> Metric:
 
 
 def covariance(statistics: Statistics, centred: bool, where: str) -> tuple[Tensor, Tensor | None]:
-    """Second moment of the inputs about zero or about their mean, float64, and that mean."""
+    """Second moment of the inputs about zero or about their mean, float64, and that mean.
+
+    Inputs that do not vary beyond the rounding of their float32 products have a covariance of zero.
+    """
     second = statistics.mean("outer", where).double()
     if not centred:
         return second, None
     mean = statistics.mean("x", where).double()
-    return second - torch.outer(mean, mean), mean
+    C = second - torch.outer(mean, mean)
+    constant = bool(C.diagonal().mean() <= 1e-6 * second.diagonal().mean())
+    return torch.zeros_like(C) if constant else C, mean

@@ -27,4 +27,5 @@ class FisherRows(Metric):
     needs: ClassVar[frozenset[str]] = frozenset({"fisher_in"})
 
     def weighting(self, statistics: Statistics, where: str = "") -> Weighting:
-        return Weighting(right=DiagonalRoot(damped_diagonal(statistics.mean("fisher_in", where), self.damping).sqrt()))
+        f = damped_diagonal(statistics.mean("fisher_in", where), self.damping, where)
+        return Weighting(right=DiagonalRoot(f.sqrt()))

@@ -1,0 +1,65 @@
+"""Pages that are made from the code each time the docs are built, so that they cannot drift: the catalogue, the rooms."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOMS = {
+    "linalg": "Numerics that know nothing of networks.",
+    "forms": "What a compressed matrix looks like, the modules that hold its numbers, and the solvers.",
+    "metrics": "Which error a fit minimises.",
+    "anatomy": "Where things are in a model.",
+    "calibration": "Statistics from data, block by block, in bounded memory.",
+    "allocation": "One byte budget spent over all weights.",
+    "checkpoint": "Where models come from, how results are stored, and how transformers loads them.",
+    "compression": "The published methods, and the main job.",
+    "evaluation": "Quality, size and speed, measured.",
+    "report": "One self-contained HTML page.",
+    "cli": "The command line.",
+    "testing": "Contract tests for forms, metrics and allocators of your own.",
+}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    files.append(File.generated(config, "catalogue.md", content=catalogue()))
+    for room, lead in ROOMS.items():
+        files.append(File.generated(config, f"rooms/{room}.md", content=room_page(room, lead)))
+    return files
+
+
+def catalogue() -> str:
+    """All methods, with their papers and settings, then the words of the expression language."""
+    import eckart  # noqa: F401
+    from eckart.allocation import ALLOCATORS
+    from eckart.forms import FORMS
+    from eckart.metrics import METRICS
+    from eckart.registry import entries
+
+    lines = ["# Catalogue", "", "Generated from the code's own registry.", ""]
+    for entry in entries():
+        lines += [f"## {entry.key}", "", f"*{entry.wing}, {entry.family}.* {entry.paper}", ""]
+        lines += [paragraph.replace("\n    ", "\n") for paragraph in (entry.cls.__doc__ or "").strip().split("\n\n")]
+        lines += ["", "| setting | default |", "| --- | --- |"]
+        lines += [f"| `{f.name}` | `{getattr(entry.cls(), f.name)}` |" for f in dataclasses.fields(entry.cls)]
+        lines += [""]
+    for title, words in (("Forms", FORMS), ("Metrics", METRICS), ("Allocators", ALLOCATORS)):
+        lines += [f"## {title}", "", "| word | settings | what it is |", "| --- | --- | --- |"]
+        for name, cls in sorted(words.words.items()):
+            settings = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING)  # noqa: E501
+            lines.append(f"| `{name}` | {settings} | {(cls.__doc__ or '').strip().splitlines()[0]} |".replace("||", "&#124;&#124;"))  # noqa: E501
+        lines.append("")
+    return "\n".join(lines)
+
+
+def room_page(room: str, lead: str) -> str:
+    """Every module of a room, by its docstrings."""
+    package = importlib.import_module(f"eckart.{room}")
+    lines = [f"# {room}", "", lead, "", f"::: eckart.{room}", "    options:", "      members: false", ""]
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")):
+        lines += [f"## {room}.{module}", "", f"::: eckart.{room}.{module}", ""]
+    return "\n".join(lines)

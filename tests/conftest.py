@@ -1,0 +1,1 @@
+"""Lets every test import `tiny`, which lies beside this file."""

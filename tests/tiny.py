@@ -1,0 +1,136 @@
+"""Tiny random models, a tokenizer and a text, in folders as users have them; and the command line in a process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+WORDS = 120
+VOCABULARY = WORDS + 3
+
+CORE: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GATED = {**CORE, "intermediate_size": 48}
+GQA = {**GATED, "num_key_value_heads": 2}
+GPT2 = {
+    "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+CONFIGS: dict[str, tuple[type[tf.PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (tf.LlamaConfig, GQA),
+    "llama-tied": (tf.LlamaConfig, {**GQA, "tie_word_embeddings": True}),
+    "gpt2": (tf.GPT2Config, GPT2),
+    "opt": (tf.OPTConfig, {**CORE, "ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "gemma": (tf.GemmaConfig, {**GATED, "num_key_value_heads": 1, "head_dim": 16}),
+    "gemma2": (tf.Gemma2Config, {**GATED, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 4}),
+    "qwen3": (tf.Qwen3Config, {**GQA, "head_dim": 16}),
+    "gpt_neox": (tf.GPTNeoXConfig, GATED),
+    "phi": (tf.PhiConfig, GATED),
+    "bert": (tf.BertConfig, GATED),
+    "mpnet": (tf.MPNetConfig, {**GATED, "pad_token_id": 1, "max_position_embeddings": 80}),
+    "vit": (tf.ViTConfig, {**GATED, "image_size": 12, "patch_size": 4}),
+}
+HEADS = {
+    "bert": tf.AutoModelForMaskedLM,
+    "mpnet": tf.AutoModelForMaskedLM,
+    "vit": tf.AutoModelForImageClassification,
+}
+
+
+def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """A random model of that family, in evaluation mode, its weights large enough to matter."""
+    cls, own = CONFIGS[name]
+    torch.manual_seed(seed)
+    model = HEADS.get(name, tf.AutoModelForCausalLM).from_config(cls(**(own | settings))).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.15, generator=generator)
+        else:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.to(dtype)
+
+
+def save_model(folder: Path, name: str = "llama", *, seed: int = 0, shard: str = "1GB", dtype: torch.dtype = torch.float16, **settings: Any) -> Path:  # fmt: skip # noqa: E501
+    """A model and its tokenizer as a Hugging Face folder, in files of at most `shard`."""
+    build(name, seed, dtype, **settings).save_pretrained(folder, max_shard_size=shard)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> tf.PreTrainedTokenizerFast:
+    """One token a word."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(WORDS))])}
+    made = Tokenizer(models.WordLevel(vocabulary, "<pad>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<pad>", pad_token="<pad>", eos_token="</s>")
+
+
+def save_text(path: Path, words: int = 4000, seed: int = 0) -> Path:
+    """A text in which each word depends on the one before."""
+    draw = random.Random(seed)
+    text, at = [], 0
+    for _ in range(words):
+        at = (3 * at + draw.choice((1, 2, 5, 40))) % WORDS
+        text.append(f"w{at}")
+    path.write_text(" ".join(text), encoding="utf-8")
+    return path
+
+
+def batches(sizes: tuple[int, ...] = (2, 2, 1), length: int = 9, seed: int = 1, padded: bool = False) -> list[dict[str, Any]]:  # fmt: skip # noqa: E501
+    """Random ids in batches of these sizes; where `padded`, rows end in padding of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for size in sizes:
+        ids = torch.randint(3, VOCABULARY, (size, length), generator=generator)
+        batch = {"input_ids": ids}
+        if padded:
+            lengths = torch.randint(3, length, (size, 1), generator=generator)
+            mask = torch.arange(length) < lengths
+            batch = {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+        made.append(batch)
+    return made
+
+
+def command(*words: Any) -> list[str]:
+    """`eckart` with these words, as a command to start."""
+    return [sys.executable, "-m", "eckart", *map(str, words)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For a process that computes with one thread and stays off the network."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"} | more
+
+
+def eckart(*words: Any, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run `eckart` in a process of its own."""
+    return subprocess.run(command(*words), capture_output=True, text=True, env=environment(**more), check=False)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Name -> hash of every file below a folder."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files in a folder."""
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
