@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import pkgutil
+import re
 from typing import Any
 
 from mkdocs.structure.files import File, Files
@@ -42,11 +44,15 @@ def catalogue() -> str:
 
     lines = ["# Catalogue", "", "Generated from the code's own registry.", ""]
     for entry in entries():
-        lines += [f"## {entry.key}", "", f"*{entry.wing}, {entry.family}.* {entry.paper}", ""]
-        lines += [paragraph.replace("\n    ", "\n") for paragraph in (entry.cls.__doc__ or "").strip().split("\n\n")]
-        lines += ["", "| setting | default |", "| --- | --- |"]
-        lines += [f"| `{f.name}` | `{getattr(entry.cls(), f.name)}` |" for f in dataclasses.fields(entry.cls)]
-        lines += [""]
+        text, meanings = described(entry.cls)
+        lines += [f"## {entry.key}", "", f"*{entry.wing}, {entry.family}.* {entry.paper}", "", text, ""]
+        settings = dataclasses.fields(entry.cls)
+        if settings:
+            lines += ["| setting | default | meaning |", "| --- | --- | --- |"]
+        for f in settings:
+            default = getattr(entry.cls(), f.name)
+            lines.append(f"| `{f.name}` | `{default if default != '' else '(empty)'}` | {meanings.get(f.name, '')} |")
+        lines.append("")
     for title, words in (("Forms", FORMS), ("Metrics", METRICS), ("Allocators", ALLOCATORS)):
         lines += [f"## {title}", "", "| word | settings | what it is |", "| --- | --- | --- |"]
         for name, cls in sorted(words.words.items()):
@@ -54,6 +60,18 @@ def catalogue() -> str:
             lines.append(f"| `{name}` | {settings} | {(cls.__doc__ or '').strip().splitlines()[0]} |".replace("||", "&#124;&#124;"))  # noqa: E501
         lines.append("")
     return "\n".join(lines)
+
+
+def described(cls: type) -> tuple[str, dict[str, str]]:
+    """A class's docstring without its list of settings, and what its settings and those it inherits mean."""
+    meanings: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        _, _, listed = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")
+        for line in re.split(r"\n {4}(?=\w)", "\n" + listed):
+            name, colon, meaning = line.strip().partition(": ")
+            if colon:
+                meanings |= {n.strip(): " ".join(meaning.split()) for n in name.split(",")}
+    return inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")[0], meanings
 
 
 def room_page(room: str, lead: str) -> str:

@@ -127,7 +127,7 @@ class Seen:
         return torch.cat(self.outputs[name])
 
 
-def places(model: nn.Module, a: Attention, which: str) -> list[list[int]]:
+def places(model: Any, a: Attention, which: str) -> list[list[int]]:
     """The coordinates of each head that a compressed projection keeps."""
     p = getattr(a, which)
     stored = set(model.get_submodule(p.module).matrix.left.index.tolist())

@@ -9,10 +9,7 @@ from eckart.testing.forms import Case
 DEEP = [
     "dense(width=4) @ diagonal() @ dense()",
     "diagonal() @ low_rank(rank=3) @ diagonal()",
-    "dense(width=4) @ (low_rank(rank=2) + diagonal())",
-    "low_rank(rank=2) @ dense(width=7) + diagonal() + low_rank(rank=1)",
-    "dense(width=3) @ (dense() @ dense(width=5))",
-    "(dense(width=4) @ dense() + diagonal()) @ dense(width=10)",
+    "low_rank(rank=2) @ dense(width=7) + diagonal()",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -97,7 +99,7 @@ def test_places_from_a_hostile_file_are_an_error(shape: tuple[int, int]) -> None
 def test_drop_in_reads_back_as_a_dense_layer() -> None:
     linear = nn.Linear(6, 20)
     weight = linear.weight.detach()
-    model = nn.Sequential(drop_in(linear, parse("select(width=9) @ dense()").fit(weight), linear.bias.detach()))
+    model: Any = nn.Sequential(drop_in(linear, parse("select(width=9) @ dense()").fit(weight), linear.bias.detach()))
     x = randn(4, 6)
     before = model(x)
     assert int((model[0].weight.norm(dim=1) > 0).sum()) == 9

@@ -15,7 +15,7 @@ from eckart.metrics.statistics import GRADIENT_SUMS, INPUT_SUMS, Statistics
 
 
 class Collector:
-    """Sums over the inputs of named layers. Layers that read the same tensor share one sum.
+    """Sums over the inputs of named layers. Layers that read the same tensor share one sum; tables count their rows.
 
     Attributes:
         leaders: layer -> the layer under whose name its sums are kept.
@@ -49,6 +49,8 @@ class Collector:
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = _first(args, kwargs)
+            if isinstance(module, nn.Embedding):
+                return self._count(name, module, x)
             leader, _ = self._seen.setdefault(id(x), (name, x))  # keeps x alive, so that its id stays its own
             if self.leaders.setdefault(name, leader) == name:
                 if not bool(torch.isfinite(x).all()):
@@ -56,6 +58,14 @@ class Collector:
                 self.sums.setdefault(name, Statistics()).add_inputs(*self._rows(module, x))
 
         return hook
+
+    def _count(self, name: str, table: nn.Embedding, ids: Tensor) -> None:
+        rows = table.num_embeddings
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+        if low < 0 or high >= rows:
+            raise ValueError(f"{name} has rows 0 to {rows - 1} and is asked for {low} to {high}: check the data")
+        self.leaders[name] = name
+        self.sums.setdefault(name, Statistics()).add_ids(ids, rows, _rows_of(ids[..., None], self.mask))
 
     def _rows(self, module: nn.Module, x: Tensor) -> tuple[Tensor, frozenset[str], Tensor | None]:
         if isinstance(module, nn.Conv2d):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from eckart.files import whole
@@ -51,7 +51,8 @@ class StatisticsStore:
         if not self.has(index, part):
             return frozenset(needs), list(names)
         sums, leaders = self._load(index, part)
-        return frozenset(needs).union(*(s.sums for s in sums.values())), list(dict.fromkeys([*leaders, *names]))
+        there = (sums[leader].sums for leader in leaders.values())
+        return frozenset(needs).union(*there), list(dict.fromkeys([*leaders, *names]))
 
     def save(self, index: int, sums: Mapping[str, Statistics], leaders: Mapping[str, str], part: str = "inputs") -> None:  # fmt: skip # noqa: E501
         """Write the record of one block, whole or not at all."""
@@ -63,14 +64,7 @@ class StatisticsStore:
     def _load(self, index: int, part: str = "inputs") -> tuple[dict[str, Statistics], dict[str, str]]:
         path = self.path(index, part)
         if part not in self._cached or self._cached[part][0] != path:
-            sums: dict[str, Statistics] = {}
-            with safe_open(path, framework="pt") as f:
-                leaders = json.loads((f.metadata() or {}).get("leaders", "{}"))
-                for key in f.keys():  # noqa: SIM118
-                    name, _, what = key.rpartition("|")
-                    # a copy is aligned alike wherever it lay in the file, and so are the last bits of its products
-                    sums.setdefault(name, Statistics()).sums[what] = f.get_tensor(key).clone()
-            self._cached[part] = (path, sums, leaders)
+            self._cached[part] = (path, *_read(path))
         return self._cached[part][1], self._cached[part][2]
 
     def of(self, name: str, index: int) -> Statistics:
@@ -81,6 +75,20 @@ class StatisticsStore:
                 sums, leaders = self._load(index, part)
                 found.sums.update(sums.get(leaders.get(name, name), Statistics()).sums)
         return found
+
+
+def _read(path: Path) -> tuple[dict[str, Statistics], dict[str, str]]:
+    sums: dict[str, Statistics] = {}
+    try:
+        with safe_open(path, framework="pt") as f:
+            leaders = json.loads((f.metadata() or {}).get("leaders", "{}"))
+            for key in f.keys():  # noqa: SIM118
+                name, _, what = key.rpartition("|")
+                # a copy is aligned alike wherever it lay in the file, and so are the last bits of its products
+                sums.setdefault(name, Statistics()).sums[what] = f.get_tensor(key).clone()
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(f"the statistics in {path} are damaged ({e}): delete the file") from e
+    return sums, leaders
 
 
 def fingerprint(batches: Sequence[Mapping[str, Any]]) -> str:

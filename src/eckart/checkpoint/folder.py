@@ -123,35 +123,39 @@ def shard_name(index: int, count: int) -> str:
 
 
 class Output:
-    """The folder that a job makes: parts first, in a working folder; at the end all at once under its own name."""
+    """The folder of a compressed model, written part by part.
 
-    def __init__(self, work: Path, parts: int):
-        self.work, self.parts = work / "model", parts
-        self.work.mkdir(parents=True, exist_ok=True)
+    Args:
+        folder: where it is made.
+        parts: how many files its weights will be in.
+    """
+
+    def __init__(self, folder: Path, parts: int):
+        self.folder, self.parts = folder, parts
 
     def path(self, part: int) -> Path:
-        return self.work / shard_name(part, self.parts)
+        return self.folder / shard_name(part, self.parts)
 
     def write(self, part: int, tensors: dict[str, Tensor]) -> None:
         save_tensors(tensors, self.path(part))
 
-    def finish(self, out: Path, source: Path, config: dict[str, Any], files: dict[str, str]) -> None:
-        """Add what is not weights and move the folder to `out`, which must not exist."""
-        index: dict[str, str] = {}
-        total = 0
-        for part in range(self.parts):
-            entries = read_header(self.path(part))
-            index.update(dict.fromkeys(entries, self.path(part).name))
-            total += sum(entry.nbytes for entry in entries.values())
+    def complete(self, source: Path, config: dict[str, Any], files: dict[str, str]) -> None:
+        """Add what is not weights, and remove what a killed run may have left half written."""
+        shards = [self.path(part) for part in range(self.parts)]
+        for left in self.folder.iterdir():
+            if left not in shards:
+                left.unlink()
+        headers = {shard.name: read_header(shard) for shard in shards}
         if self.parts > 1:
+            total = sum(entry.nbytes for header in headers.values() for entry in header.values())
+            index = {name: shard for shard, header in headers.items() for name in header}
             table = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-            save_json(table, self.work / "model.safetensors.index.json")
-        save_json(config, self.work / "config.json")
+            save_json(table, self.folder / "model.safetensors.index.json")
+        save_json(config, self.folder / "config.json")
         for name in companions(source):
-            shutil.copyfile(source / name, self.work / name)
+            shutil.copyfile(source / name, self.folder / name)
         for name, text in files.items():
-            (self.work / name).write_text(text, encoding="utf-8")
-        self.work.rename(out)
+            (self.folder / name).write_text(text, encoding="utf-8")
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.console import Bars, acting, err, megabytes, number, out, show_json, table
+from eckart.cli.console import EXIT_USAGE, Bars, acting, err, megabytes, number, out, show_json, table
 
 app = typer.Typer(
     name="eckart",
@@ -16,6 +17,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""What a command line is refused with, whichever click typer carries."""
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, GGUF file, or 'builtin'.")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `eckart compress` wrote.")]
@@ -203,8 +207,16 @@ def demo(
 
 
 def main() -> None:
-    """Entry point of the `eckart` command."""
-    app()
+    """Entry point of the `eckart` command. What it is given wrongly is JSON, too, where that was asked for."""
+    if "--json" not in sys.argv:
+        app()
+        return
+    try:
+        code = app(standalone_mode=False)
+    except USAGE_ERROR as e:
+        show_json({"error": e.format_message(), "exit_code": EXIT_USAGE})
+        code = EXIT_USAGE
+    sys.exit(code or 0)
 
 
 __all__ = ["app", "err", "main"]

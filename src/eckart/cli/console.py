@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,13 +82,24 @@ def acting(as_json: bool = False) -> Iterator[None]:
         fail(str(e), EXIT_EXISTS, as_json)
     except OSError as e:
         where = f" ({e.filename})" if e.filename else ""
-        fail(f"{e.strerror or e}{where}; nothing that was there before is changed, and --resume goes on with what is done", EXIT_ERROR, as_json)  # fmt: skip # noqa: E501
+        fail(_noted(f"{e.strerror or e}{where}", e), EXIT_ERROR, as_json)
     except (ValueError, TypeError, RuntimeError, ImportError, KeyError) as e:
         if os.environ.get("ECKART_TRACEBACK"):
             raise
         fail(str(e), EXIT_ERROR, as_json)
-    except KeyboardInterrupt:
-        fail("interrupted; --resume goes on with what is done", EXIT_INTERRUPTED, as_json)
+    except KeyboardInterrupt as e:
+        fail(_noted("interrupted", e), EXIT_INTERRUPTED, as_json)
+    except typer.Exit:
+        raise
+    except Exception as e:  # nobody foresaw it, so the place where it happened is told, too
+        if not as_json:
+            raise
+        traceback.print_exc()
+        fail(f"{type(e).__name__}: {e}", EXIT_ERROR, as_json)
+
+
+def _noted(message: str, error: BaseException) -> str:
+    return "; ".join([message, *getattr(error, "__notes__", [])])
 
 
 def fail(message: str, code: int, as_json: bool) -> NoReturn:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from eckart.allocation import BudgetError, Entropy, Optimal, Uniform
-from eckart.anatomy import UnknownModel
+from eckart.allocation import BudgetError, Optimal
 from eckart.calibration.calibrate import Request
+from eckart.compression.modegpt import MoDeGPT
 from eckart.compression.plan import Layer, Plan
 from eckart.compression.recipe import Job, Method, Recipe
-from eckart.metrics import Kronecker, OutputCovariance
+from eckart.compression.slicegpt import SliceGPT
+from eckart.metrics import InputCovariance, Kronecker
 from eckart.registry import method
 
 
@@ -19,9 +21,9 @@ def candidates() -> tuple[Method, ...]:
     """What `auto` chooses among, the most promising first."""
     return (
         Recipe(metric=Kronecker(), allocation=Optimal("error")),
-        Recipe(metric=OutputCovariance(), allocation=Optimal("relative")),
-        Recipe(metric=OutputCovariance(), allocation=Entropy()),
-        Recipe(metric=OutputCovariance(), allocation=Uniform()),
+        MoDeGPT(),
+        SliceGPT(),
+        Recipe(metric=InputCovariance()),
     )
 
 
@@ -47,7 +49,7 @@ class Auto(Method):
         for candidate in candidates():
             try:
                 candidate.request(model, blocks)
-            except UnknownModel:
+            except ValueError:  # a family it does not know, or parts it cannot treat
                 continue
             able.append(candidate)
         return able
@@ -73,6 +75,9 @@ class Auto(Method):
             raise BudgetError("; ".join(impossible))
         best[2].extra |= {"candidate": best[1], "tried": tried}
         return best[2]
+
+    def config_changes(self, plan: Plan) -> dict[str, Any]:
+        return candidates()[plan.extra["candidate"]].config_changes(plan)
 
     def rewrite(self, job: Job, plan: Plan, part: int) -> list[Layer]:
         return candidates()[plan.extra["candidate"]].rewrite(job, plan, part)

@@ -16,7 +16,7 @@ from torch import nn
 from eckart.allocation import Budget
 from eckart.calibration.calibrate import calibrate
 from eckart.calibration.collect import Collector
-from eckart.calibration.store import OUTSIDE, StatisticsStore
+from eckart.calibration.store import OUTSIDE, StatisticsStore, fingerprint
 from eckart.calibration.stream import Batch, Stream
 from eckart.calibration.subject import InMemory, Subject, block_names, outside
 from eckart.checkpoint.folder import part_state
@@ -65,7 +65,8 @@ class Engine:
         budget: what it may take.
         batches: calibration data; may be empty for methods that need none.
         work: a folder for statistics and hidden states.
-        statistics: another folder to keep statistics in, so that other jobs on the same data use them again.
+        statistics: another folder to keep statistics in, so that other jobs on this model use them again where they
+            have the same data.
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class Engine:
         self.batches, aside = self._split(list(batches))
         self.work, self.seed = work, seed
         self.persistence = persistence or Persistence()
-        self.store = StatisticsStore(statistics or work / "statistics")
         self.request = method.request(self.model, self.blocks)
+        kept = statistics / fingerprint(self.batches) if statistics else work / "statistics"
+        self.store = StatisticsStore(kept, self.request.gradient_files(seed))
         self.seconds: dict[str, float] = {}
         self.stream: Stream | None = None
         self.job = Job(
@@ -205,7 +207,8 @@ def part_layouts(subject: Subject, blocks: list[str]) -> dict[int, Layout]:
     layouts: dict[int, Layout] = {}
     for part in [*range(len(blocks)), OUTSIDE]:
         names = outside(model, blocks) if part == OUTSIDE else [blocks[part]]
-        layouts[part] = layout_of(part_state(model, names, tied, subject.storage_dtype))
+        state = part_state(model, names, tied, subject.storage_dtype)
+        layouts[part] = layout_of({k.removeprefix("."): t for k, t in state.items()})  # the model's own name is empty
     return layouts
 
 

@@ -6,11 +6,10 @@ import hashlib
 import json
 import platform
 import resource
-import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,16 @@ from torch import nn
 
 import eckart
 from eckart.allocation import Budget
-from eckart.calibration.store import OUTSIDE
+from eckart.calibration.store import OUTSIDE, fingerprint
 from eckart.calibration.stream import Batch
+from eckart.calibration.subject import block_names, outside
 from eckart.checkpoint.folder import Folder, Output, part_state, read_config
 from eckart.checkpoint.hf import FORMAT, METHOD, describe, reconfigure
 from eckart.checkpoint.layout import save_json
 from eckart.checkpoint.source import Source
 from eckart.compression.card import model_card
 from eckart.compression.engine import Engine, Persistence, tied_names
+from eckart.compression.place import MODEL, Place
 from eckart.compression.plan import Layer, Plan, layers_from_json
 from eckart.compression.recipe import Method
 from eckart.compression.result import Result
@@ -39,11 +40,12 @@ from eckart.downloads import Progress, silent
 class Disk(Persistence):
     """Keeps the plan and every finished part in a working folder, each in a file that is whole or not there."""
 
-    def __init__(self, work: Path, folder: Folder, method: Method, blocks: int):
+    def __init__(self, work: Path, folder: Folder):
         self.work, self.folder = work, folder
-        self.output = Output(work, blocks + 1)
+        blocks = block_names(folder.model)
+        self.names = [*([block] for block in blocks), outside(folder.model, blocks)]
+        self.output = Output(work / MODEL, len(self.names))
         self.stand_ins: dict[str, Any] = {}
-        self.names: dict[int, list[str]] = {}
 
     def load_plan(self) -> tuple[Plan, list[float]] | None:
         path = self.work / "plan.json"
@@ -59,7 +61,7 @@ class Disk(Persistence):
         return self.work / f"part-{self._index(part):05d}.json"
 
     def _index(self, part: int) -> int:
-        return self.output.parts - 1 if part == OUTSIDE else part
+        return len(self.names) - 1 if part == OUTSIDE else part
 
     def done(self, part: int) -> list[Layer] | None:
         if not self._record(part).exists():
@@ -69,7 +71,7 @@ class Disk(Persistence):
         return layers_from_json(data["layers"])
 
     def finish_part(self, part: int, layers: list[Layer]) -> None:
-        model, names = self.folder.model, self.names[part]
+        model, names = self.folder.model, self.names[self._index(part)]
         state = part_state(model, names, tied_names(model), self.folder.storage_dtype)
         self.output.write(self._index(part), state)
         modules = {f"{n}.{k}".rstrip("."): v for n in names for k, v in describe(model.get_submodule(n)).items()}
@@ -95,48 +97,59 @@ def compress_folder(
     """Compress the model in `source` into the new folder `out`.
 
     All work is done in `<out>.partial`, which stays when the run is cut off; the same call with `resume` goes on from
-    there and ends with the same bytes. `out` appears at the end, whole.
+    there and ends with the same bytes. `out` appears at the end, whole. A dry run leaves nothing behind.
 
     Raises:
-        FileExistsError: `out` is there already (and `overwrite` was not asked for), or an unfinished run is.
+        FileExistsError: `out` is there already, or an unfinished run is, and `overwrite` was not asked for.
         ValueError: the model, the data or the budget do not allow it.
+        OSError: something could not be written; what is done is kept for `resume`.
     """
     started = time.perf_counter()
-    work = out.with_name(out.name + ".partial")
-    if out.exists() and not overwrite and not dry_run:
-        raise FileExistsError(f"{out} exists already: choose another folder, or pass --overwrite")
-    _enter(work, settings | {"batches": fingerprint(batches), "source": source_print(source)}, resume)
+    target = out.resolve()
+    if target == source.folder.resolve():
+        raise ValueError(f"{out} is the folder of the model itself: choose another one")
     folder = Folder(source)
-    engine_settings: dict[str, Any] = {
-        "seed": seed,
-        "executor": executor,
-        "progress": progress,
-        "statistics": statistics,
-    }
-    disk = Disk(work, folder, method, 0)
-    engine = Engine(folder, method, budget, batches, work, persistence=disk, **engine_settings)
-    disk.output.parts = len(engine.blocks) + 1
-    disk.names = {part: engine.job.module_names(part) for part in engine.job.parts}
-    plan = engine.plan()
+    made: dict[str, Any] = {"seed": seed, "executor": executor, "progress": progress}
+    made["statistics"] = None if statistics is None else statistics / source_print(source)
     if dry_run:
-        return Result.of_plan(plan, settings)
-    changes = method.config_changes(plan)
-    reconfigure(folder.model, changes)
-    run = engine.fit(plan)
-    result = Result.of_run(run, settings)
-    config = _config(source, folder, disk.stand_ins, settings) | changes
-    files = {
-        "eckart.json": json.dumps(record(result, source, config), indent=1, ensure_ascii=False) + "\n",
-        "README.md": model_card(result, source, config),
-    }
-    with _replacing(out, overwrite):
-        disk.output.finish(out, source.folder, config, files)
-    shutil.rmtree(work)
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}.dry-run-", dir=_existing(target.parent)) as scratch:
+            return Result.of_plan(Engine(folder, method, budget, batches, Path(scratch), **made).plan(), settings)
+    place = Place(target)
+    words = {"batches": fingerprint(batches), "source": source_print(source), "versions": versions()}
+    place.enter(settings | words, resume, overwrite)
+    try:
+        disk = Disk(place.work, folder)
+        engine = Engine(folder, method, budget, batches, place.work, persistence=disk, **made)
+        plan = engine.plan()
+        changes = method.config_changes(plan)
+        reconfigure(folder.model, changes)
+        run = engine.fit(plan)
+        result = Result.of_run(run, settings)
+        config = _config(source, folder, disk.stand_ins, settings) | changes
+        files = {
+            "eckart.json": json.dumps(record(result, source, config), indent=1, ensure_ascii=False) + "\n",
+            "README.md": model_card(result, source, config),
+        }
+        if not place.moved:
+            disk.output.complete(source.folder, config, files)
+            place.move()
+    except (OSError, KeyboardInterrupt) as e:
+        e.add_note(f"nothing that was there before is changed, and --resume goes on with what is done in {place.work}")
+        raise
+    except (ValueError, TypeError):
+        place.forget()
+        raise
     result.folder = out
     result.peak_memory = peak_resident()
     result.seconds["total"] = time.perf_counter() - started
-    save_json(_timings(result), out.with_name(out.name + ".run.json"))
+    save_json(_timings(result), target.with_name(target.name + ".run.json"))
+    place.leave()
     return result
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return folder if folder.is_dir() else _existing(folder.parent)
 
 
 def _timings(result: Result) -> dict[str, Any]:
@@ -153,41 +166,6 @@ def peak_resident() -> int:
     """Most bytes that this process ever held in memory."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _enter(work: Path, job: dict[str, Any], resume: bool) -> None:
-    """Make the working folder, or see that the one there belongs to this very job."""
-    path = work / "job.json"
-    job = json.loads(json.dumps(job | {"versions": versions()}))
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found != job and resume:
-            differ = sorted(k for k in job.keys() | found.keys() if job.get(k) != found.get(k))
-            raise ValueError(f"{work} holds an unfinished run with other settings ({', '.join(differ)}): repeat those, or delete the folder")  # fmt: skip # noqa: E501
-        if not resume and found != job:
-            shutil.rmtree(work)
-        elif not resume and any(work.glob("part-*.json")):
-            raise FileExistsError(f"{work} holds an unfinished run of this very job: pass --resume to go on, or delete the folder")  # fmt: skip # noqa: E501
-    elif work.exists() and any(work.iterdir()):
-        raise FileExistsError(f"{work} is in the way and was not made by eckart: move it")
-    work.mkdir(parents=True, exist_ok=True)
-    save_json(job, path)
-
-
-@contextmanager
-def _replacing(out: Path, overwrite: bool) -> Any:
-    """Within the context, `out` is free; an earlier one is brought back if anything fails."""
-    aside = out.with_name(out.name + ".replaced")
-    if out.exists() and overwrite:
-        out.rename(aside)
-    try:
-        yield
-    except BaseException:
-        if aside.exists() and not out.exists():
-            aside.rename(out)
-        raise
-    if aside.exists():
-        shutil.rmtree(aside)
 
 
 def _config(source: Source, folder: Folder, modules: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -227,17 +205,6 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def fingerprint(batches: Sequence[Batch]) -> str:
-    """A hash of the calibration data."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for key in sorted(batch):
-            value = batch[key]
-            digest.update(key.encode())
-            digest.update(value.cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else repr(value).encode())
-    return digest.hexdigest()[:16]
 
 
 def source_print(source: Source) -> str:

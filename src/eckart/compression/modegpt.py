@@ -26,7 +26,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -169,11 +168,12 @@ class MoDeGPT(Method):
         """The closed forms for one block, which is loaded, and their errors at the precision that is stored."""
         a, down = block.attention, block.mlp.down
         solved = Solved()
-        run = functools.partial(_run, job, solved.notes)
         C, mean = _moments(job, part, a.q.module)
         if widths.mlp is not None:
             W, Ca = weight_of(job.model, down.module), _moments(job, part, down.module)[0]
-            (found,) = run("mlp", [functools.partial(pairs.nystrom, W, Ca, widths.mlp, self.ridge, down.module)])
+            with _noting() as notes:
+                found = pairs.nystrom(W, Ca, widths.mlp, self.ridge, down.module)
+            solved.note = notes.text
             stored = found.right.to(job.dtype)
             solved.mlp = replace(found, right=stored)
             solved.predicted["mlp"], solved.energy["mlp"] = found.error, found.energy
@@ -188,8 +188,7 @@ class MoDeGPT(Method):
         if widths.vo is not None:
             C = C + self.damping * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
             groups = list(zip(*_value_output(job, a), strict=True))
-            tasks = [functools.partial(pairs.truncated_product, o, v, C, widths.vo, a.name) for v, o in groups]
-            products = run("vo", tasks)
+            products = [pairs.truncated_product(o, v, C, widths.vo, a.name) for v, o in groups]
             for product in products:
                 left, right = balance(product.left, product.right)
                 solved.vo.append(replace(product, left=left.to(job.dtype), right=right.to(job.dtype)))
@@ -203,7 +202,7 @@ class MoDeGPT(Method):
 
 @dataclass
 class Solved:
-    """What the closed forms gave for one block; errors and notes by pair (`mlp`, `qk`, `vo`)."""
+    """What the closed forms gave for one block: errors by pair (`mlp`, `qk`, `vo`), and a note on `mlp`."""
 
     mlp: pairs.Nystrom | None = None
     qk: pairs.Coordinates | None = None
@@ -211,22 +210,7 @@ class Solved:
     predicted: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     energy: dict[str, float] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-
-
-def _run(job: Job, notes: dict[str, str], pair: str, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-    """The results of the tasks; what they had to say is noted for the pair."""
-    results = list(job.executor.map(_noted, tasks))
-    note = join_notes(*(note for _, note in results))
-    if note:
-        notes[pair] = note
-    return [result for result, _ in results]
-
-
-def _noted(task: Callable[[], Any]) -> tuple[Any, str | None]:
-    with _noting() as notes:
-        result = task()
-    return result, notes.text
+    note: str | None = None
 
 
 def _moments(job: Job, part: int, name: str) -> tuple[Float[Tensor, "in in"], Float[Tensor, " in"]]:
@@ -291,7 +275,6 @@ def _layer(job: Job, part: int, block: Block, site: Site, solved: Solved) -> Lay
     dense_bytes = sum(tensor_bytes(*entry) for entry in before)
     after = site.layout(job.dtype).values() if site.changed else before
     predicted, energy = (_by_module(block, values).get(site.name) for values in (solved.predicted, solved.energy))
-    note = {block.mlp.down.module: "mlp", a.o.module: "vo"}.get(site.name)
     spectrum = None
     if solved.vo and site.name == a.o.module:
         spectrum = sample_spectrum(torch.cat([p.squares for p in solved.vo]).sqrt().sort(descending=True).values)
@@ -300,7 +283,7 @@ def _layer(job: Job, part: int, block: Block, site: Site, solved: Solved) -> Lay
         site.name, kind_of(module) or "", part, matrix_shape(module), str(site.form), dense_bytes,
         sum(tensor_bytes(*entry) for entry in after), predicted, energy, spectrum=spectrum,
         note=join_notes(
-            solved.notes.get(note or ""),
+            solved.note if site.name == block.mlp.down.module else None,
             "queries and keys are left dense: a norm of whole heads stands before the scores" if normed else None,
             None if site.changed or normed else "left dense: its share keeps every unit",
         ),

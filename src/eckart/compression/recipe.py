@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from eckart.allocation import Allocator, Budget, BudgetError, Problem, Uniform
@@ -20,8 +21,10 @@ from eckart.checkpoint.layout import Layout, file_bytes, layout_of
 from eckart.compression.plan import Layer, Plan, join_notes, sample_spectrum
 from eckart.compression.solve import Executor, Task, curve, fit
 from eckart.forms import Curve, Dense, Form, LowRank, drop_in, parse
+from eckart.forms.base import Shape
 from eckart.forms.layers import kind_of, matrix_of, matrix_shape
-from eckart.metrics import Metric, Plain, Statistics
+from eckart.metrics import InputCovariance, Metric, Plain, Statistics
+from eckart.metrics.row_frequencies import RowFrequencies
 
 
 @dataclass
@@ -160,21 +163,32 @@ class Recipe(Method):
 
     def request(self, model: nn.Module, blocks: list[str]) -> Request:
         needs = self.metric.needs
+        sites = self.sites(model, blocks) if needs else {}
         return Request(
-            probes=self.sites(model, blocks) if needs else {},
+            probes={part: [n for n in names if self.stays(model, n) is None] for part, names in sites.items()},
             needs=needs,
             labels=self.metric.labels,
             influence=self.allocation.needs_influence,
         )
 
+    def stays(self, model: nn.Module, name: str) -> str | None:
+        """Why a targeted layer stays dense under any budget; None where nothing is in the way."""
+        return None
+
+    def form_of(self, model: nn.Module, name: str) -> Form:
+        """The open form of one layer."""
+        return self.form
+
     def plan(self, job: Job) -> Plan:
         started = time.perf_counter()
-        curves, layers = {}, {}
+        curves, layers, staying = {}, {}, []
         sites = self.sites(job.model, job.blocks)
         for done, part in enumerate(job.parts):
-            names = sites.get(part, [])
+            reasons = {name: self.stays(job.model, name) for name in sites.get(part, [])}
+            staying += [self._layer(job, n, part, f"left dense: {why}") for n, why in reasons.items() if why]
+            names = [name for name, why in reasons.items() if not why]
             with job.subject.loaded(*names):
-                tasks = [self._task(job, name, part, str(self.form)) for name in names]
+                tasks = [self._task(job, name, part, str(self.form_of(job.model, name))) for name in names]
                 for name, (found, note) in zip(names, job.executor.map(curve, tasks), strict=True):
                     curves[name] = self._with_bias(job, name, found)
                     layers[name] = self._layer(job, name, part, note)
@@ -198,16 +212,21 @@ class Recipe(Method):
         planned = [self._planned(layers[name], curves[name], choice[name]) for name in layers]
         after = output_bytes(job, {layer.name: self._layout(job, layer) for layer in planned})
         seconds = 1.2 * (time.perf_counter() - started)
-        return Plan(planned, job.input_bytes, after, total, seconds)
+        return Plan([*planned, *staying], job.input_bytes, after, total, seconds)
+
+    @property
+    def _centred(self) -> bool:
+        return getattr(self.metric, "centred", False)
 
     def _gains_bias(self, job: Job, name: str) -> bool:
         """Whether a layer without a bias gets one, for what the mean of its inputs loses."""
-        return getattr(self.metric, "centred", False) and getattr(job.model.get_submodule(name), "bias", None) is None
+        return self._centred and getattr(job.model.get_submodule(name), "bias", None) is None
 
     def _with_bias(self, job: Job, name: str, found: Curve) -> Curve:
         """The curve with the bytes of a new bias added to all points but the dense one."""
-        out = matrix_shape(job.model.get_submodule(name))[0]
-        extra = out * job.dtype.itemsize if self._gains_bias(job, name) else 0
+        module = job.model.get_submodule(name)
+        width = bias_width(kind_of(module) or "", matrix_shape(module))
+        extra = width * job.dtype.itemsize if self._gains_bias(job, name) else 0
         return replace(found, nbytes=[*(n + extra for n in found.nbytes[:-1]), found.nbytes[-1]])
 
     def _layout(self, job: Job, layer: Layer) -> Layout:
@@ -215,8 +234,9 @@ class Recipe(Method):
         form, module = parse(layer.form), job.model.get_submodule(layer.name)
         if isinstance(form, Dense):
             return layout_of({k: v.to("meta", job.dtype) for k, v in module.state_dict().items()})
-        biased = self._gains_bias(job, layer.name) or getattr(module, "bias", None) is not None
-        bias = torch.empty(layer.shape[0], dtype=job.dtype, device="meta") if biased else None
+        own = layer.kind != "embedding" and getattr(module, "bias", None) is not None
+        width = bias_width(layer.kind, layer.shape)
+        bias = torch.empty(width, dtype=job.dtype, device="meta") if own or self._centred else None
         matrix = form.build(layer.shape, dtype=job.dtype, device="meta")
         return layout_of(drop_in(module, matrix, bias).state_dict())
 
@@ -240,9 +260,29 @@ class Recipe(Method):
         )
 
     def _task(self, job: Job, name: str, part: int, form: str) -> Task:
-        matrix = matrix_of(job.model.get_submodule(name)).detach()
+        module = job.model.get_submodule(name)
+        matrix = matrix_of(module).detach()
         statistics = job.statistics(name, part) if self.metric.needs else Statistics()
-        return Task(name, matrix, form, self.metric, statistics, job.dtype)
+        if kind_of(module) != "embedding" or not isinstance(self.metric, InputCovariance):
+            return Task(name, matrix, form, self.metric, statistics, job.dtype)
+        mean = self._mean_row(job, name, part)
+        matrix = matrix.double()  # rare rows are divided by their small weights
+        return Task(name, matrix if mean is None else matrix - mean, form, RowFrequencies(), statistics, job.dtype)
+
+    def _mean_row(self, job: Job, name: str, part: int) -> Float[Tensor, " dim"] | None:
+        """The mean of the vectors looked up in a table, which its bias takes over when the metric is about the mean."""
+        if not self._centred:
+            return None
+        f = RowFrequencies().frequencies(job.statistics(name, part), name)
+        return f @ matrix_of(job.model.get_submodule(name)).detach().double()
+
+    def _new_bias(self, job: Job, layer: Layer, shift: Float[Tensor, " out"] | None) -> Tensor | None:
+        own: Tensor | None = getattr(job.model.get_submodule(layer.name), "bias", None)
+        if layer.kind == "embedding":
+            return self._mean_row(job, layer.name, layer.part)  # a bias of its own is part of its rows
+        if shift is None:
+            return own
+        return shift if own is None else own.detach() + shift.to(own)
 
     def rewrite(self, job: Job, plan: Plan, part: int) -> list[Layer]:
         layers = plan.of(part)
@@ -251,13 +291,16 @@ class Recipe(Method):
         done = {layer.name: layer.measured(0.0) for layer in layers}
         for layer, result in zip(fitted, job.executor.map(fit, tasks), strict=True):
             module = job.model.get_submodule(layer.name)
-            bias: Tensor | None = getattr(module, "bias", None)
-            if result.bias_shift is not None:
-                bias = result.bias_shift if bias is None else bias.detach() + result.bias_shift.to(bias)
+            bias = self._new_bias(job, layer, result.bias_shift)
             replacement = drop_in(module, result.module, None if bias is None else bias.detach().to(job.dtype))
             job.model.set_submodule(layer.name, replacement.requires_grad_(False))
             done[layer.name] = layer.measured(result.error, result.note)
         return list(done.values())
+
+
+def bias_width(kind: str, shape: Shape) -> int:
+    """Numbers in what a layer puts out: its rows, or the columns of a table."""
+    return shape[1 if kind == "embedding" else 0]
 
 
 HEADER = 160

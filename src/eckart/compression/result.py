@@ -46,8 +46,9 @@ class Result:
     def of_run(cls, run: Run, settings: dict[str, Any]) -> Result:
         plan = run.plan
         return cls(
-            run.layers, plan.bytes_before, plan.bytes_after, plan.budget, settings, run.seconds, plan.seconds, plan.peak_memory
-        )
+            run.layers, plan.bytes_before, plan.bytes_after, plan.budget, settings, run.seconds,
+            predicted_seconds=plan.seconds, predicted_memory=plan.peak_memory,
+        )  # fmt: skip
 
     @property
     def ratio(self) -> float:

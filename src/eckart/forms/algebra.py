@@ -186,12 +186,13 @@ class Product(Form):
         out, in_ = matrix.shape
         inner = self._closed_inner((out, in_))
         dtype, W = dtype or matrix.dtype, matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        noise = 32 * torch.finfo(dtype).eps  # of a stored factor, relative
         X, Y = _start(W, inner, weighting)
         best, before, energy = None, float("inf"), weighting.norm2(W)
         for _ in range(SWEEPS):
             right = self.right.fit(Y, weighting.through_left(X), dtype=dtype)
             Y = right.dense().detach().to(W.dtype)
-            target = weighted_lstsq_left(Y, W, weighting).to(W.dtype)
+            target = weighted_lstsq_left(Y, W, weighting, X, noise).to(W.dtype)
             left = self.left.fit(target, weighting.through_right(Y), dtype=dtype)
             X = left.dense().detach().to(W.dtype)
             error = weighting.norm2(W - X @ Y)
@@ -200,13 +201,13 @@ class Product(Form):
             if _settled(before, error, energy):
                 break
             before = error
-            Y = weighted_lstsq_right(X, W, weighting).to(W.dtype)
+            Y = weighted_lstsq_right(X, W, weighting, Y, noise).to(W.dtype)
         assert best is not None
         return ProductMatrix(*best, self)
 
 
 def _settled(before: float, error: float, energy: float) -> bool:
-    """Whether another sweep is not worth it: it would gain little of what is left, or what is left is next to nothing."""
+    """Whether the last sweep gained little of what is left, or what is left is next to nothing."""
     return before - error <= 1e-4 * max(error, 1e-4 * energy)
 
 

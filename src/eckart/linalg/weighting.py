@@ -53,17 +53,35 @@ PLAIN = Weighting()
 
 
 def weighted_lstsq_right(
-    A: Float[Tensor, "out k"], W: Float[Tensor, "out in"], weighting: Weighting
+    A: Float[Tensor, "out k"],
+    W: Float[Tensor, "out in"],
+    weighting: Weighting,
+    near: Float[Tensor, "k in"],
+    damping: float = 1e-10,
 ) -> Float[Tensor, "k in"]:
-    """argmin_Y || Lᵀ (W - A Y) R ||: the weight on inputs drops out."""
-    LA = weighting.left.times(A.double().T).T
-    LW = weighting.left.times(W.double().T).T
-    return torch.linalg.pinv(LA, rtol=1e-10) @ LW
+    """argmin_Y || Lᵀ (W - A Y) R ||, in float64: the weight on inputs drops out.
+
+    What A hardly sees of Y (singular values of Lᵀ A below `damping` of the largest) stays as it is in `near`.
+    """
+    A, W, near = A.double(), W.double(), near.double()
+    return near + _correction(weighting.left.times(A.T).T, weighting.left.times((W - A @ near).T).T, damping)
 
 
 def weighted_lstsq_left(
-    B: Float[Tensor, "k in"], W: Float[Tensor, "out in"], weighting: Weighting
+    B: Float[Tensor, "k in"],
+    W: Float[Tensor, "out in"],
+    weighting: Weighting,
+    near: Float[Tensor, "out k"],
+    damping: float = 1e-10,
 ) -> Float[Tensor, "out k"]:
-    """argmin_X || Lᵀ (W - X B) R ||: the weight on outputs drops out."""
-    BR, WR = weighting.right.times(B.double()), weighting.right.times(W.double())
-    return WR @ torch.linalg.pinv(BR, rtol=1e-10)
+    """argmin_X || Lᵀ (W - X B) R ||, in float64: the weight on outputs drops out; `near` as on the right side."""
+    B, W, near = B.double(), W.double(), near.double()
+    return near + _correction(weighting.right.times(B).T, weighting.right.times(W - near @ B).T, damping).T
+
+
+def _correction(A: Float[Tensor, "a k"], rest: Float[Tensor, "a b"], damping: float) -> Float[Tensor, "k b"]:
+    """argmin_D || rest - A D ||² + (damping || A ||)² || D ||², with the spectral norm of A."""
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    floor = damping * S[:1]
+    gain = torch.where(S > 0, S / (S.square() + floor.square()), 0.0)
+    return Vh.T @ (gain[:, None] * (U.T @ rest))

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 FLOAT64_WIDTH = 2048
 """Outer products up to this width are summed in float64, wider ones in float32."""
+
+TILE = 256
+"""Rows of an outer product that are computed at a time."""
 
 INPUT_SUMS = frozenset({"x", "abs", "square", "outer"})
 GRADIENT_SUMS = frozenset({"fisher_in", "fisher_out", "grad_outer"})
@@ -23,6 +26,7 @@ class Statistics:
         sums: by name,
             `tokens` () rows seen, `x` (in,) their sum, `abs` (in,) of absolute values, `square` (in,) of squares,
             `outer` (in, in) of x xᵀ;
+            `counts` (rows,) how often each row of a table was looked up, whose inputs are ids and not numbers;
             `examples` () sequences seen by the backward pass, `fisher_in` (in,) and `fisher_out` (out,) squared
             per-example gradients summed over the other side, `grad_tokens` () and `grad_outer` (out, out) of g gᵀ,
             g being the gradient of the summed loss with respect to one output row.
@@ -42,7 +46,14 @@ class Statistics:
         if "square" in needs:
             self._add("square", rows.square().sum(0, dtype=torch.float64))
         if "outer" in needs:
-            self._add("outer", rows.T @ rows, wide=True)
+            self._add_outer("outer", rows)
+
+    def add_ids(self, ids: Int[Tensor, "*batch"], rows: int, mask: Bool[Tensor, "*batch"] | None = None) -> None:
+        """Count the ids where `mask` holds, each from 0 to `rows` - 1."""
+        ids = (ids if mask is None else ids[mask]).detach().reshape(-1)
+        self._add("tokens", torch.tensor(float(ids.shape[0]), dtype=torch.float64))
+        counts = self.sums.setdefault("counts", torch.zeros(rows, dtype=torch.float64, device=ids.device))
+        counts.index_add_(0, ids, torch.ones(ids.shape[0], dtype=torch.float64, device=ids.device))
 
     def add_gradients(self, x: Float[Tensor, "*batch in"], g: Float[Tensor, "*batch out"], needs: frozenset[str]) -> None:  # fmt: skip # noqa: E501
         """Add one example: inputs x of a layer and gradients g of the example's summed loss at its outputs."""
@@ -54,11 +65,22 @@ class Statistics:
             self._add("fisher_out", squared.sum(1, dtype=torch.float64))
         if "grad_outer" in needs:
             self._add("grad_tokens", torch.tensor(float(g.shape[0]), dtype=torch.float64))
-            self._add("grad_outer", g.T @ g, wide=True)
+            self._add_outer("grad_outer", g)
 
-    def _add(self, name: str, value: Tensor, wide: bool = False) -> None:
-        if wide and value.shape[0] <= FLOAT64_WIDTH:
-            value = value.double()
+    def _add_outer(self, name: str, rows: Float[Tensor, "n width"]) -> None:
+        """Add rowsᵀ rows, of which only tiles on and below the diagonal are computed; the sum is exactly symmetric."""
+        width = rows.shape[1]
+        if name not in self.sums:
+            dtype = torch.float64 if width <= FLOAT64_WIDTH else torch.float32
+            self.sums[name] = torch.zeros(width, width, dtype=dtype, device=rows.device)
+        total = self.sums[name]
+        for start in range(0, width, TILE):
+            end = min(start + TILE, width)
+            tile = rows[:, start:end].T @ rows[:, :end]
+            total[start:end, :end] += tile
+            total[:start, start:end] += tile[:, :start].T
+
+    def _add(self, name: str, value: Tensor) -> None:
         if name in self.sums:
             self.sums[name] += value
         else:

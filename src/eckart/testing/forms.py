@@ -7,8 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ class FormContract:
         tolerance: by dtype, the largest error ratio of what a module computes against its own dense matrix.
     """
 
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+    tolerance: ClassVar = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
     def forms(self) -> list[Case]:
         """Closed forms, each with the shape (out, in) to try it on."""
@@ -184,13 +185,10 @@ class FormContract:
             for value in ("many", -1, 0):
                 with pytest.raises(ValueError, match=word):
                     dataclasses.replace(form, **{dial: value}).build(shape)
-            huge: Any = {dial: 2**31} if isinstance(getattr(form, dial), int) else {}
-            try:
-                nbytes = dataclasses.replace(form, **huge).nbytes(shape, torch.float32)
-            except ValueError as error:
-                assert word in str(error)
-            else:
-                assert nbytes <= 16 * shape[0] * shape[1]
+            if isinstance(getattr(form, dial), int):
+                huge: Any = dataclasses.replace(form, **{dial: 2**31})
+                with suppress(ValueError):
+                    assert huge.nbytes(shape, torch.float32) <= 4 * shape[0] * shape[1]
 
     def test_an_open_dial_is_refused(self, form: Form, shape: Shape) -> None:
         word = getattr(form, "word", "")

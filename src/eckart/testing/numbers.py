@@ -12,7 +12,7 @@ def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
 
 
 def error_ratio(found: Tensor, wanted: Tensor) -> float:
-    """|| found - wanted || / || wanted ||, in float64; the numerator alone where nothing is wanted. NaN counts as inf."""
+    """|| found - wanted || / || wanted ||, in float64; where nothing is wanted, the numerator. NaN is inf."""
     if found.shape != wanted.shape:
         raise ValueError(f"shape {tuple(found.shape)} was found, {tuple(wanted.shape)} is wanted")
     scale = float(wanted.detach().double().norm())
