@@ -13,6 +13,8 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from eckart.checkpoint.layout import Layout, file_bytes, layout_of, save_json, save_tensors
 from eckart.checkpoint.reader import WeightReader, read_header
@@ -42,11 +44,11 @@ class Folder:
 
     def _match(self) -> dict[str, str]:
         """Name in the model -> name in the files."""
-        have = set(self.reader.names())
+        have = renamed(self.model, self.reader.names())
         prefix = getattr(self.model, "base_model_prefix", "") + "."
         keys, missing = {}, []
         for name, tensor in self.model.state_dict(keep_vars=True).items():
-            stored = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in have), None)
+            stored = next((have[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in have), None)
             if stored is None:
                 if name not in self.tied and isinstance(tensor, nn.Parameter):
                     missing.append(name)
@@ -95,6 +97,18 @@ class Folder:
         for key, buffer in list(module._buffers.items()):
             if buffer is not None and f"{name}.{key}" in self.keys:
                 module._buffers[key] = self.read(f"{name}.{key}").to(buffer.dtype)
+
+
+def renamed(model: nn.Module, names: list[str]) -> dict[str, str]:
+    """Name of a tensor as transformers renames it for this model -> its name in the files."""
+    found = {}
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    for stored in names:
+        name = stored
+        for rule in rules:
+            name, _ = rule.rename_source_key(name)
+        found[name] = stored
+    return found
 
 
 def model_class(config: Any) -> Any:

@@ -1,5 +1,6 @@
 """Compression: one file per published method, and the main job."""
 
+from eckart.compression.afm import AFM
 from eckart.compression.api import Compressed, compress, compress_to, method_for
 from eckart.compression.asvd import ASVD
 from eckart.compression.auto import Auto
@@ -15,6 +16,7 @@ from eckart.compression.svd_llm import SVDLLM
 from eckart.compression.welore import WeLore
 
 __all__ = [
+    "AFM",
     "ASVD",
     "FWSVD",
     "SVD",

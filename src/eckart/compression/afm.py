@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from eckart.compression.recipe import Recipe
-from eckart.forms import Form, LowRank, as_form, drop_in
+from eckart.forms import Form, LowRank, as_form
 from eckart.forms.algebra import ProductMatrix
-from eckart.forms.base import Factored
-from eckart.forms.dense import Dense
 from eckart.forms.layers import FactoredEmbedding, FactoredLinear, kind_of, matrix_shape
 from eckart.metrics import Metric, OutputCovariance
 from eckart.registry import method
@@ -29,8 +24,8 @@ class AFM(Recipe):
 
     A linear layer is treated as by `lord`. A table E (V, d) becomes (E - 1 muᵀ) U (V, k), a decoder Uᵀ (k, d) and the
     bias mu, where mu and U are mean and leading components of the vectors looked up in the calibration data, so that
-    every row counts as often as it is used. `fuse` folds decoders into the linear layer that reads them, `activate`
-    makes the variant with activations between the factors.
+    every row counts as often as it is used. `fuse` (in `fusion`) folds decoders into the linear layer that reads them;
+    `activate` makes the variant with activations between the factors.
 
     Departs from the papers: ranks come from the allocator (uniform here) unless the forms are closed; the fine-tuning
     that follows there is a training job of its own. Rows that were never looked up get a weight near zero. Tables with
@@ -63,7 +58,7 @@ class AFM(Recipe):
             return None
         rows, dim = matrix_shape(module)
         if rows <= dim:
-            return f"it has {rows} rows of {dim} numbers, and its decoder would be as large"
+            return f"it has {rows} rows of {dim} numbers, so that its decoder would be larger than its codes"
         if module.max_norm is not None:
             return "it renormalises its rows when they are looked up"
         plain = type(module) in (nn.Embedding, FactoredEmbedding) or hasattr(module, "scalar_embed_scale")
@@ -88,3 +83,27 @@ def sharing(model: nn.Module) -> set[str]:
         if first.setdefault(parameter, name) != name:
             names |= {name, first[parameter]}
     return {name.rpartition(".")[0] for name in names}
+
+
+def activate(model: nn.Module, layers: Sequence[str], activation: Callable[[], nn.Module]) -> None:
+    """Put an activation between the two factors of these low-rank layers, in place: the paper's "Ada-Act".
+
+    The network's own activation is meant. The model is no approximation of the original until it is fine-tuned. The
+    layers become ordinary modules of torch, with a bias (k,) before the activation that the budget did not count.
+    """
+    if hasattr(model, "save_pretrained"):
+        raise TypeError(f"{type(model).__name__} is one of transformers' models, whose checkpoints have no such layers")
+    for name in layers:
+        layer: Any = model.get_submodule(name)
+        if not isinstance(layer, FactoredLinear) or not isinstance(layer.matrix, ProductMatrix):
+            raise ValueError(f"{name} is {type(layer).__name__}, not a low-rank linear layer: nothing can come between")
+        right, left = _linear(layer.matrix.right.dense()), _linear(layer.matrix.left.dense(), layer.bias)
+        model.set_submodule(name, nn.Sequential(right, activation(), left))
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        nn.init.zeros_(layer.bias) if bias is None else layer.bias.copy_(bias)
+    return layer

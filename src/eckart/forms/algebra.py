@@ -184,9 +184,10 @@ class Product(Form):
         self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
     ) -> ProductMatrix:
         out, in_ = matrix.shape
+        dtype = dtype or matrix.dtype
         inner = self._closed_inner((out, in_))
         dtype, W = dtype or matrix.dtype, matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        noise = 32 * torch.finfo(dtype).eps  # of a stored factor, relative
+        noise = torch.finfo(dtype).eps ** 0.5  # what rounding adds to a stored factor is not amplified
         X, Y = _start(W, inner, weighting)
         best, before, energy = None, float("inf"), weighting.norm2(W)
         for _ in range(SWEEPS):

@@ -24,6 +24,8 @@ S = TypeVar("S", bound="StandIn")
 class ReadOnly(Tensor):
     """A formed weight, or a view of one. Writing to it would be lost, so in-place operations are refused."""
 
+    _is_hf_initialized = True  # as for the layer: no code of transformers may initialise it
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [*args, *(kwargs or {}).values()]

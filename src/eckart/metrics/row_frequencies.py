@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from eckart.linalg.weighting import Weighting
-from eckart.linalg.whitening import DiagonalRoot, damped_diagonal
+from eckart.linalg.whitening import Damped, DiagonalRoot, damped_diagonal
 from eckart.metrics.base import Metric
 from eckart.metrics.statistics import Statistics
 
@@ -40,4 +41,9 @@ class RowFrequencies(Metric):
         return f / f.sum()
 
     def weighting(self, statistics: Statistics, where: str = "") -> Weighting:
-        return Weighting(left=DiagonalRoot(self.frequencies(statistics, where).sqrt()))
+        f = self.frequencies(statistics, where)
+        unseen = int((statistics.sums["counts"] == 0).sum())
+        if unseen:
+            text = f"{unseen} of the {f.shape[0]} rows of {where or 'a table'} are never looked up by the calibration data"
+            warnings.warn(f"{text}: they count for next to nothing", Damped, stacklevel=2)
+        return Weighting(left=DiagonalRoot(f.sqrt()))

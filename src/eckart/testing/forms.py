@@ -193,7 +193,7 @@ class FormContract:
     def test_an_open_dial_is_refused(self, form: Form, shape: Shape) -> None:
         word = getattr(form, "word", "")
         for dial in _dials(form):
-            reopened = dataclasses.replace(form, **{dial: None})  # type: ignore[arg-type]
+            reopened = dataclasses.replace(form, **{dial: None})
             if reopened.open:
                 with pytest.raises(ValueError, match=word):
                     reopened.build(shape)
