@@ -1,6 +1,6 @@
 """Compressing a language model: eckart's svd_llm beside a straightforward implementation of the same method.
 
-    python benchmarks/compress.py [--quick] [--ratios 0.8 0.6] [--threads N] [--json FILE] [--resume]
+    python benchmarks/compress.py [--quick] [--blocks N] [--ratios 0.8 0.6] [--threads N] [--json FILE] [--resume]
 
 The reference does what published code does: the whole model in float32, one hook on every linear layer, each with its
 own sum of x xᵀ (float64; `--products float64` multiplies in float64, too), whole sequences through the head, all sums
@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 import transformers
-from common import load, machine, table, write_json
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eckart
+from common import load, machine, table, write_json
 from eckart.calibration.data import load_texts, token_batches
 from eckart.calibration.tokens import Tokens
 from eckart.checkpoint.source import resolve
@@ -207,8 +207,9 @@ def measure(report: dict[str, Any], ratios: list[float], model: str, save: Calla
 def show(report: dict[str, Any], console: Console) -> None:
     rows = {(row["method"], row["ratio"]): row for row in report["rows"]}
     s = report["settings"]
-    title = f"svd_llm of {s['model']} on {s['samples']} x {s['length']} tokens, {s['threads']} thread(s)"
-    shown = table(title, ["method"], ["linears", "seconds", "CPU s", "peak MB", "perplexity", "MB on disk", "load"])
+    what = f"the first {s['blocks']} blocks of {s['model']}" if s["blocks"] else s["model"]
+    title = f"svd_llm of {what} on {s['samples']} x {s['length']} tokens, {s['threads']} thread(s)"
+    shown = table(title, ["method"], ["linears", "seconds", "CPU s", "peak MB", "perplexity", "MB stored", "load"])
     for row in rows.values():
         timed = "seconds" in row
         shown.add_row(
@@ -217,7 +218,7 @@ def show(report: dict[str, Any], console: Console) -> None:
             f"{row['seconds']:.1f}" if timed else "",
             f"{row['cpu_seconds']:.1f}" if timed else "",
             f"{row['peak_memory'] / 1e6:.0f}" if timed else "",
-            f"{row['perplexity']:.2f}",
+            f"{row['perplexity']:.6g}",
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['load']:.1f}",
         )
@@ -225,18 +226,26 @@ def show(report: dict[str, Any], console: Console) -> None:
     for ratio in dict.fromkeys(row["ratio"] for row in rows.values() if row["method"] in METHODS):
         a, b = rows.get(("eckart", ratio)), rows.get(("reference", ratio))
         if a and b:
-            console.print(
-                f"at {ratio:g}: {b['seconds'] / a['seconds']:.2f} times as fast ({b['cpu_seconds'] / a['cpu_seconds']:.2f}"
-                f" in CPU time), {a['peak_memory'] / b['peak_memory']:.2f} of the memory, perplexity"
-                f" {a['perplexity'] / b['perplexity']:.3f} of the reference's, {a['bytes'] / b['bytes']:.4f} of its bytes"
-            )
+            console.print(f"at {ratio:g}: {compared(a, b)}", highlight=False)
+
+
+def compared(row: dict[str, Any], peer: dict[str, Any]) -> str:
+    wall, cpu = peer["seconds"] / row["seconds"], peer["cpu_seconds"] / row["cpu_seconds"]
+    memory, size = row["peak_memory"] / peer["peak_memory"], row["bytes"] / peer["bytes"]
+    return (
+        f"{wall:.2f} times as fast ({cpu:.2f} in CPU time), {memory:.2f} of the memory, "
+        f"{row['perplexity'] / peer['perplexity']:.4f} of the perplexity, {size:.4f} of the bytes"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="eckart's svd_llm beside a straightforward implementation of it.")
-    parser.add_argument("--quick", action="store_true", help="6 blocks of the model, 8 x 256 tokens, 0.8 only")
+    parser.add_argument("--quick", action="store_true", help="the first 6 blocks, 8 x 256 tokens, 0.8 only")
     parser.add_argument("--model", default="builtin", help="hub id, folder or GGUF file (default: builtin)")
     parser.add_argument("--ratios", type=float, nargs="+", help="of the linear layers' parameters (default 0.8 0.6)")
+    parser.add_argument(
+        "--blocks", type=int, default=0, help="only the model's first blocks: a quick look at the times"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of both (default: all)")
     parser.add_argument("--products", choices=("float32", "float64"), default="float32", help="of the reference's sums")
     parser.add_argument("--json", type=Path, help="write the figures to this file, row by row")
@@ -250,7 +259,7 @@ def main() -> None:
         return
     quick = arguments.quick
     settings = {
-        "model": arguments.model, "blocks": 6 if quick else 0, "samples": 8 if quick else 64,
+        "model": arguments.model, "blocks": arguments.blocks or (6 if quick else 0), "samples": 8 if quick else 64,
         "length": 256 if quick else 512, "windows": 4 if quick else 16, "threads": arguments.threads,
         "products": arguments.products,
     }  # fmt: skip

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +137,62 @@ def weight_bytes(folder: Path) -> int:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def forks() -> Any:
+    """A multiprocessing context whose processes start with everything imported, and none of this one's threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["eckart.cli", "eckart.compression", "transformers.models.llama.modeling_llama"])
+    return context
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process of `eckart` ended: its exit code (-9 when killed), how many times it changed something, and what
+    it printed."""
+
+    code: int | None
+    steps: int
+    printed: str
+
+
+def run_forked(words: list[Any], watched: Path, kill_at: int | None = None) -> Outcome:
+    """Run `eckart` in a forked process; kill it by SIGKILL before the `kill_at`th time that it makes, writes, renames
+    or removes a file below `watched`."""
+    log = watched / "log.txt"
+    context = forks()
+    steps = context.Value("i", 0)
+    process = context.Process(target=_run, args=([str(w) for w in words], str(watched), str(log), kill_at, steps))
+    process.start()
+    process.join(300)
+    return Outcome(process.exitcode, steps.value, log.read_text(encoding="utf-8"))
+
+
+def _run(words: list[str], watched: str, log: str, kill_at: int | None, steps: Any) -> None:
+    from eckart.cli import main
+
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(log, "w", encoding="utf-8")  # noqa: SIM115
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if not _changes(event, args, watched):
+            return
+        steps.value += 1
+        if steps.value == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    sys.argv = ["eckart", *words]
+    main()
+
+
+def _changes(event: str, args: tuple[Any, ...], watched: str) -> bool:
+    """Whether an audit event is a change to a file below a folder."""
+    if event == "open":
+        writes = bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        return writes and isinstance(args[0], str) and args[0].startswith(watched)
+    if event in ("os.rename", "os.mkdir"):
+        return str(args[0]).startswith(watched)
+    if event in ("os.remove", "os.rmdir"):  # rmtree names what it removes from within its folder
+        return str(args[0]).startswith(watched) or args[1] != -1
+    return False

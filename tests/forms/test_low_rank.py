@@ -28,14 +28,15 @@ def truncated(M: Tensor, rank: int) -> Tensor:
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
 
 
+WEIGHTS_OUT, WEIGHTS_IN = gaussian(OUT, seed=2).abs() + 0.1, gaussian(IN, seed=3).abs() + 0.1
 WEIGHTINGS = {
     "plain": PLAIN,
     "right cholesky": Weighting(right=psd_root(covariance(IN), 0)),
     "both cholesky": Weighting(psd_root(covariance(OUT, seed=1), 0), psd_root(covariance(IN), 0)),
     "both eigen": Weighting(psd_root(covariance(OUT, seed=1), 0, "eigen"), psd_root(covariance(IN), 0, "eigen")),
-    "diagonal": Weighting(DiagonalRoot(gaussian(OUT, seed=2).abs() + 0.1), DiagonalRoot(gaussian(IN, seed=3).abs() + 0.1)),
+    "diagonal": Weighting(DiagonalRoot(WEIGHTS_OUT), DiagonalRoot(WEIGHTS_IN)),
     "left only": Weighting(psd_root(covariance(OUT, seed=1), 0), IdentityRoot()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("rank", [1, 5, 11, 12])

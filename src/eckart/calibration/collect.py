@@ -112,8 +112,12 @@ def collect_gradients(
         for row, batch in enumerate(rows.batches):
             hidden = rows.hidden(last).read(rows.shapes, row).requires_grad_(True)
             with torch.enable_grad():
-                loss = _summed_loss(rows.finish(hidden, row).logits, batch, labels, generator)
-                (gradient,) = torch.autograd.grad(loss, hidden)
+                logits = getattr(rows.finish(hidden, row), "logits", None)
+                if logits is None or logits.dim() != 3 or "input_ids" not in batch:
+                    raise ValueError(f"{type(rows.model).__name__} gives no loss over tokens, which this metric needs")
+                if not bool(torch.isfinite(logits).all()):
+                    raise ValueError(f"the predictions for calibration window {row} are not finite: check the model")
+                (gradient,) = torch.autograd.grad(_summed_loss(logits, batch, labels, generator), hidden)
             gradients.append(gradient)
     for index in reversed(range(last)):
         sums: dict[str, Statistics] = {name: Statistics() for name in targets.get(index, [])}

@@ -44,7 +44,8 @@ class StatisticsStore:
         if not self.has(index, part):
             return False
         sums, leaders = self._load(index, part)
-        return all(n in leaders and set(needs) <= sums[leaders[n]].sums.keys() for n in names)
+        have = {n: sums[leader].sums.keys() for n, leader in leaders.items()}
+        return all(n in have and ("counts" in have[n] or set(needs) <= have[n]) for n in names)
 
     def joined(self, index: int, needs: Iterable[str], names: Iterable[str], part: str = "inputs") -> tuple[frozenset[str], list[str]]:  # fmt: skip # noqa: E501
         """These sums and layers, and those of the record that a new one will replace."""

@@ -156,6 +156,7 @@ def evaluate(
     length: LengthOption = 512,
     seed: SeedOption = 0,
     speed: Annotated[bool, typer.Option(help="Time the model, too.")] = True,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="A task of lm-eval, too; may be repeated.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity, agreement with the original, speed and size on held-out text."""
@@ -169,12 +170,28 @@ def evaluate(
             found = measure(model, against, tokens=tokens, text=text, speed=speed, progress=bars)
         if (Path(model) / "eckart.json").is_file():
             remember_evaluation(Path(model), found.to_json())
+        results = task_results(model, tasks)
         if as_json:
-            show_json(found.to_json())
+            show_json(found.to_json() | ({"tasks": results} if tasks else {}))
             return
     shown = {k: v for k, v in found.to_json().items() if not isinstance(v, dict)}
     rows = [[k.replace("_", " "), number(v) if isinstance(v, float) else str(v)] for k, v in shown.items()]
+    rows += [[f"{t} {k}", number(v) if isinstance(v, float) else str(v)] for t, r in results.items() for k, v in r.items()]  # noqa: E501
     out.print(table(f"{model}", ["figure", "value"], [r for r in rows if r[1] != "None"]))
+
+
+def task_results(model: str, tasks: list[str] | None) -> dict[str, dict[str, Any]]:
+    """lm-eval's results on `tasks`; empty where there are none."""
+    if not tasks:
+        return {}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from eckart.checkpoint.source import resolve
+    from eckart.evaluation import run_lm_eval
+
+    folder = resolve(model).folder
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    return run_lm_eval(loaded, AutoTokenizer.from_pretrained(folder), tasks)
 
 
 @app.command()

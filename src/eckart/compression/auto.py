@@ -68,12 +68,12 @@ class Auto(Method):
                 impossible.append(str(e))
                 continue
             loss = job.trial(candidate, plan)
-            tried[str(candidate)] = loss
+            tried[label(candidate)] = loss
             if best is None or loss < best[0]:
                 best = (loss, i, plan)
         if best is None:
             raise BudgetError("; ".join(impossible))
-        best[2].extra |= {"candidate": best[1], "tried": tried}
+        best[2].extra |= {"candidate": best[1], "chosen": label(candidates()[best[1]]), "tried": tried}
         return best[2]
 
     def config_changes(self, plan: Plan) -> dict[str, Any]:
@@ -81,6 +81,13 @@ class Auto(Method):
 
     def rewrite(self, job: Job, plan: Plan, part: int) -> list[Layer]:
         return candidates()[plan.extra["candidate"]].rewrite(job, plan, part)
+
+
+def label(candidate: Method) -> str:
+    """What to call a candidate in a report."""
+    if isinstance(candidate, Recipe) and not candidate.key:
+        return f"{candidate.form}, {candidate.metric}, {candidate.allocation}"
+    return candidate.key
 
 
 def merged(requests: list[Request]) -> Request:

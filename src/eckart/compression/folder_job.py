@@ -193,6 +193,7 @@ def record(result: Result, source: Source, config: dict[str, Any]) -> dict[str, 
         "job": result.settings,
         "budget": {"asked": result.settings.get("budget"), "bytes": result.budget},
         "layers": [layer.to_json() for layer in result.layers],
+        "extra": result.extra,
         "totals": result.totals(),
     }
 

@@ -36,10 +36,10 @@ def fuse(model: nn.Module, tables: str | Sequence[str], linear: str, batch: Batc
     for name in names:
         if not isinstance(old[name], FactoredEmbedding) or not isinstance(old[name].matrix, ProductMatrix):
             raise ValueError(f"{name} has no decoder to fold: it is {type(old[name]).__name__}, not a low-rank table")
+    layer = _Folded.of(old[linear], linear)
     wanted, calls = _watched(model, old, batch)
     x, _ = _only(calls, linear)
     at = {name: _columns(x, _only(calls, name)[1], name, linear) for name in names}
-    layer = _Folded.of(old[linear], linear)
     for name in sorted(names, key=at.__getitem__, reverse=True):  # from the right, so that columns keep their numbers
         table: Any = old[name]
         layer.fold(table, at[name], _only(calls, name)[1].numel() // len(x) // table.embedding_dim)

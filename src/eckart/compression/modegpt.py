@@ -50,7 +50,7 @@ from eckart.compression.narrowing import (
 )  # fmt: skip
 from eckart.compression.plan import Layer, Plan, join_notes, sample_spectrum
 from eckart.compression.recipe import Job, Method, count_weights
-from eckart.compression.solve import _noting
+from eckart.compression.solve import noting
 from eckart.forms.layers import kind_of, matrix_shape
 from eckart.forms.low_rank import balance
 from eckart.linalg import pairs
@@ -171,7 +171,7 @@ class MoDeGPT(Method):
         C, mean = _moments(job, part, a.q.module)
         if widths.mlp is not None:
             W, Ca = weight_of(job.model, down.module), _moments(job, part, down.module)[0]
-            with _noting() as notes:
+            with noting() as notes:
                 found = pairs.nystrom(W, Ca, widths.mlp, self.ridge, down.module)
             solved.note = notes.text
             stored = found.right.to(job.dtype)

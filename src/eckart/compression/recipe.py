@@ -199,7 +199,7 @@ class Recipe(Method):
         )
         problem = Problem(
             curves,
-            total - fixed - HEADER * len(layers),
+            total - fixed - self._headers(job, layers, curves, fixed),
             {name: layer.part for name, layer in layers.items() if layer.part != OUTSIDE},
             job.influence,
         )
@@ -213,6 +213,12 @@ class Recipe(Method):
         after = output_bytes(job, {layer.name: self._layout(job, layer) for layer in planned})
         seconds = 1.2 * (time.perf_counter() - started)
         return Plan([*planned, *staying], job.input_bytes, after, total, seconds)
+
+    def _headers(self, job: Job, layers: Mapping[str, Layer], curves: Mapping[str, Curve], fixed: int) -> int:
+        """Most bytes that names and shapes of new tensors add: with every layer at its dearest factored setting."""
+        dearest = [self._planned(layer, curves[n], max(0, len(curves[n]) - 2)) for n, layer in layers.items()]
+        data = fixed + sum(layer.bytes for layer in dearest)
+        return output_bytes(job, {layer.name: self._layout(job, layer) for layer in dearest}) - data
 
     @property
     def _centred(self) -> bool:
@@ -301,10 +307,6 @@ class Recipe(Method):
 def bias_width(kind: str, shape: Shape) -> int:
     """Numbers in what a layer puts out: its rows, or the columns of a table."""
     return shape[1 if kind == "embedding" else 0]
-
-
-HEADER = 160
-"""Bytes that a factored layer's names and shapes may add to the header of its file."""
 
 
 def output_bytes(job: Job, replaced: Mapping[str, Layout]) -> int:

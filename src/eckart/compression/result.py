@@ -21,6 +21,7 @@ class Result:
         settings: everything that was asked for.
         seconds: where the time went.
         folder: where the model was saved, if it was.
+        extra: what the method keeps of its plan, such as the losses of the plans that `auto` tried.
     """
 
     layers: list[Layer]
@@ -34,12 +35,13 @@ class Result:
     peak_memory: int | None = None
     folder: Path | None = None
     planned: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_plan(cls, plan: Plan, settings: dict[str, Any]) -> Result:
         return cls(
             plan.layers, plan.bytes_before, plan.bytes_after, plan.budget, settings,
-            predicted_seconds=plan.seconds, predicted_memory=plan.peak_memory, planned=True,
+            predicted_seconds=plan.seconds, predicted_memory=plan.peak_memory, planned=True, extra=plan.extra,
         )  # fmt: skip
 
     @classmethod
@@ -61,8 +63,8 @@ class Result:
         lines = []
         if kept > 0.85:
             lines.append(
-                f"the targeted layers keep {kept:.2f} of their bytes: above about 0.85 two thin products are no faster "
-                "than one, so this saves space, not time"
+                f"the targeted layers keep {kept:.2f} of their bytes: above about 0.85 a factored layer is no faster "
+                "than the dense one, so this saves space, not time"
             )
         dense = [layer for layer in self.layers if layer.form == "dense()"]
         if dense:
@@ -88,6 +90,7 @@ class Result:
             "seconds": self.seconds,
             "predicted": {"seconds": self.predicted_seconds, "peak_memory": self.predicted_memory},
             "peak_memory": self.peak_memory,
+            "extra": self.extra,
             "layers": [layer.to_json() for layer in self.layers],
         }
 

@@ -65,7 +65,7 @@ class Fitted:
 
 def curve(task: Task) -> tuple[Curve, str | None]:
     """The curve of an open form on one matrix, its last point the matrix left dense; and a note."""
-    with _noting() as notes:
+    with noting() as notes:
         check_finite(task.matrix, f"the weight of {task.name}")
         weighting = task.metric.weighting(task.statistics, task.name)
         found = parse(task.form).curve(task.matrix, weighting, task.dtype)
@@ -83,7 +83,7 @@ def curve(task: Task) -> tuple[Curve, str | None]:
 
 def fit(task: Task) -> Fitted:
     """A closed form fitted to one matrix."""
-    with _noting() as notes:
+    with noting() as notes:
         check_finite(task.matrix, f"the weight of {task.name}")
         weighting = task.metric.weighting(task.statistics, task.name)
         module = parse(task.form).fit(task.matrix, weighting, dtype=task.dtype)
@@ -94,12 +94,12 @@ def fit(task: Task) -> Fitted:
     return Fitted(module, shift, weighting.norm2(difference), notes.text)
 
 
-class _noting:
+class noting:
     """Collects `Damped` warnings as a note; lets all others pass."""
 
     text: str | None = None
 
-    def __enter__(self) -> _noting:
+    def __enter__(self) -> noting:
         self._catch = warnings.catch_warnings(record=True)
         self._caught: list[Any] = self._catch.__enter__() or []
         warnings.simplefilter("always")

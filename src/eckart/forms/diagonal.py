@@ -57,5 +57,6 @@ class Diagonal(Form):
         G, C = weighting.left.gram(out), weighting.right.gram(in_)
         rhs = (G.to(matrix.device) @ matrix.double() @ C.to(matrix.device)).diagonal()[:k]
         lhs = (G[:k, :k] * C[:k, :k]).to(matrix.device)
-        d = torch.linalg.lstsq(lhs, rhs[:, None]).solution[:, 0] if k else rhs
+        # lstsq would start from uninitialised pivots, and solve a singular system differently from run to run
+        d = torch.linalg.pinv(lhs, hermitian=True) @ rhs
         return DiagonalMatrix(stored(d.to(matrix.dtype), dtype), (out, in_), self)

@@ -32,7 +32,7 @@ class Weighting:
 
     def norm2(self, M: Float[Tensor, "out in"]) -> float:
         """|| Lᵀ M R ||²_F, in float64."""
-        return float(self.apply(M.double()).square().sum())
+        return float(self.apply(M.detach().double()).square().sum())
 
     def unapply_left(self, M: Float[Tensor, "a k"]) -> Float[Tensor, "out k"]:
         """L⁻ᵀ M."""

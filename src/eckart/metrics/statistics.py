@@ -94,6 +94,7 @@ class Statistics:
     def all_reduce(self) -> None:
         """Add up over the processes of torch.distributed, which must hold sums of the same names."""
         for name in sorted(self.sums):
+            self.sums[name] = self.sums[name].clone()  # layers that read one tensor share its sums
             torch.distributed.all_reduce(self.sums[name])
 
     def mean(self, name: str, where: str = "") -> Tensor:

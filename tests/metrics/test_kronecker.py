@@ -1,0 +1,62 @@
+"""Half the squared norm is the rise of the loss, to second order, on a model small enough to measure it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from eckart.metrics import Kronecker, Statistics
+from eckart.testing import gaussian
+
+CLASSES, IN, TOKENS = 6, 8, 20_000
+W = 0.15 * gaussian(CLASSES, IN, seed=1)
+
+
+def data() -> Tensor:
+    """Correlated inputs about a mean that is not zero."""
+    return gaussian(TOKENS, IN, seed=2) @ gaussian(IN, IN, seed=3) / IN**0.5 + gaussian(IN, seed=4)
+
+
+def statistics_of(x: Tensor) -> Statistics:
+    """Gradients of the summed loss on labels drawn from the model's own predictions, as the metric asks for."""
+    probabilities = torch.softmax(x @ W.T, -1)
+    labels = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(5))[:, 0]
+    gradients = probabilities - torch.nn.functional.one_hot(labels, CLASSES)
+    statistics = Statistics()
+    statistics.add_inputs(x, Kronecker.needs)
+    statistics.add_gradients(x, gradients, Kronecker.needs)
+    return statistics
+
+
+def rise_of_the_loss(x: Tensor, delta: Tensor, bias: Tensor) -> float:
+    """Mean KL divergence per token, which is the mean rise of the loss on labels of the model's own, in nats."""
+    before = torch.log_softmax(x.double() @ W.double().T, -1)
+    after = torch.log_softmax(x.double() @ (W + delta).double().T + bias, -1)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_half_the_square_predicts_the_rise_of_the_loss(centred: bool, seed: int) -> None:
+    x, delta = data(), 0.01 * gaussian(CLASSES, IN, seed=10 + seed)
+    weighting = Kronecker(centred=centred).weighting(statistics_of(x))
+    bias = torch.zeros(CLASSES, dtype=torch.float64)
+    if centred:
+        assert weighting.mean is not None
+        bias = -delta.double() @ weighting.mean
+    else:
+        assert weighting.mean is None
+    assert weighting.norm2(delta) / 2 == pytest.approx(rise_of_the_loss(x, delta, bias), rel=0.1)
+
+
+def test_moving_the_mean_into_the_bias_costs_less() -> None:
+    x, delta = data(), 0.01 * gaussian(CLASSES, IN, seed=10)
+    statistics = statistics_of(x)
+    centred, about_zero = Kronecker().weighting(statistics), Kronecker(centred=False).weighting(statistics)
+    assert centred.norm2(delta) < about_zero.norm2(delta)
+
+
+def test_targets_are_drawn_from_the_model() -> None:
+    assert Kronecker.labels == "model"
+    assert Kronecker.needs == {"outer", "x", "grad_outer"}
