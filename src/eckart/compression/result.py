@@ -49,7 +49,7 @@ class Result:
         plan = run.plan
         return cls(
             run.layers, plan.bytes_before, plan.bytes_after, plan.budget, settings, run.seconds,
-            predicted_seconds=plan.seconds, predicted_memory=plan.peak_memory,
+            predicted_seconds=plan.seconds, predicted_memory=plan.peak_memory, extra=plan.extra,
         )  # fmt: skip
 
     @property
