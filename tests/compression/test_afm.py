@@ -236,7 +236,7 @@ def test_chunks_add_up_to_one_pass() -> None:
 def test_rows_never_seen_are_said() -> None:
     statistics = Statistics()
     statistics.add_ids(torch.tensor([0, 2, 2]), 5)
-    with pytest.warns(Damped, match="3 of the 5 rows of tables.0 are never looked up"):
+    with pytest.warns(Damped, match="3 of 5 rows of tables.0 are never looked up"):
         weighting = RowFrequencies().weighting(statistics, "tables.0")
     assert weighting.left.gram(5).diagonal().tolist() == pytest.approx(
         [1 / 3, 6e-10 / 3, 2 / 3, 6e-10 / 3, 6e-10 / 3], rel=1e-6

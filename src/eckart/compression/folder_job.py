@@ -142,7 +142,8 @@ def compress_folder(
     result.folder = out
     result.peak_memory = peak_resident()
     result.seconds["total"] = time.perf_counter() - started
-    save_json(_timings(result), target.with_name(target.name + ".run.json"))
+    save_json(_timings(result), place.work / "run.json")
+    (place.work / "run.json").replace(target.with_name(target.name + ".run.json"))
     place.leave()
     return result
 

@@ -101,7 +101,8 @@ class noting:
 
     def __enter__(self) -> noting:
         self._catch = warnings.catch_warnings(record=True)
-        self._caught: list[Any] = self._catch.__enter__() or []
+        caught = self._catch.__enter__()
+        self._caught: list[Any] = [] if caught is None else caught
         warnings.simplefilter("always")
         return self
 

@@ -44,6 +44,6 @@ class RowFrequencies(Metric):
         f = self.frequencies(statistics, where)
         unseen = int((statistics.sums["counts"] == 0).sum())
         if unseen:
-            text = f"{unseen} of the {f.shape[0]} rows of {where or 'a table'} are never looked up by the calibration data"
+            text = f"{unseen} of {f.shape[0]} rows of {where or 'a table'} are never looked up by the calibration data"
             warnings.warn(f"{text}: they count for next to nothing", Damped, stacklevel=2)
         return Weighting(left=DiagonalRoot(f.sqrt()))
