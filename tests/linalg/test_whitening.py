@@ -71,7 +71,7 @@ def test_the_eigen_root_of_a_singular_weight_is_exact(rank: int) -> None:
 def test_damping_is_relative_to_the_mean_diagonal() -> None:
     C = covariance()
     for scale in (1e-9, 1.0, 1e9):
-        wanted = scale * (C + 0.01 * C.diagonal().mean() * torch.eye(N))
+        wanted = scale * (C + 0.01 * C.diagonal().mean() * torch.eye(N, dtype=torch.float64))
         assert error_ratio(psd_root(scale * C, 0.01).gram(N), wanted) <= 1e-10
         assert error_ratio(psd_root(scale * C, 0.01, "eigen").gram(N), wanted) <= 1e-10
 
@@ -120,7 +120,7 @@ def test_numbers_that_are_none_are_named(value: float) -> None:
         psd_root(broken, name="up_proj")
     with pytest.raises(ValueError, match="the diagonal weight of up_proj holds NaN or infinity"):
         damped_diagonal(broken[2], 0, "up_proj")
-    with pytest.raises(ValueError, match="^my tensor holds NaN or infinity$"):
+    with pytest.raises(ValueError, match=r"^my tensor holds NaN or infinity$"):
         check_finite(broken, "my tensor")
 
 
