@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from eckart.calibration import data
-from eckart.calibration.data import Tokens, load_texts, token_batches
+from eckart.calibration.data import Tokens, _draw, load_texts, token_batches
 
 WORDS = [f"w{i}" for i in range(200)]
 TEXTS = [" ".join(WORDS[i : i + 20]) for i in range(0, 200, 20)]  # ten documents of twenty tokens
@@ -258,3 +258,12 @@ def test_the_real_builtin_text() -> None:
     assert tokens.ids.shape == (64, 512)
     assert torch.equal(tokens.ids, token_batches(seen, tokenizer).ids)
     assert seen[0].startswith(" = Anarchism = \n\nAnarchism is a political philosophy")
+
+
+@pytest.mark.parametrize(("full", "samples", "aside"), [(80, 16, 4), (20, 16, 4), (16, 16, 4), (8, 3, 1), (100, 5, 0)])
+def test_windows_set_aside_stand_last_and_come_from_the_end(full: int, samples: int, aside: int) -> None:
+    chosen = _draw(full, samples, aside, torch.Generator().manual_seed(3))
+    assert len(set(chosen)) == samples
+    fitted, judged = chosen[: samples - aside], chosen[samples - aside :]
+    assert max(fitted) < min(judged, default=full)
+    assert all(i >= full - max(aside, full // 8) for i in judged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from eckart.checkpoint import layout
 from eckart.checkpoint.layout import NAMES, Layout, file_bytes, header_bytes, layout_of, save_json, save_tensors
 from eckart.checkpoint.reader import DTYPES, read_header
 from eckart.testing import gaussian
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(
-    ["", "model.layers.0.weight", 'say "so"', "back\\slash", "tab\tnew\nline", "\x00\x1f\x7f", "é漢😀", "\u2028", "a/b", "__metadata"]
-)  # fmt: skip
+    ["", "a.b.0.weight", 'say "so"', "back\\slash", "tab\tnew\nline", "\x00\x1f\x7f", "é漢😀", "\u2028", "a/b", "__x__"]
+)
 shapes = st.lists(st.sampled_from([0, 1, 2, 3, 7, 64]), max_size=4).map(tuple)
 layouts = st.dictionaries(names, st.tuples(st.sampled_from(list(NAMES)), shapes), max_size=12)
 
@@ -47,7 +47,6 @@ def test_the_size_is_exact(file: Path, described: Layout) -> None:
 
 def test_every_dtype_that_can_be_read_has_a_size() -> None:
     assert {name: dtype for dtype, name in NAMES.items()} == DTYPES
-    assert not any(dtype not in NAMES for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int32))
 
 
 def test_a_layout_needs_no_memory() -> None:
@@ -85,10 +84,11 @@ def test_a_failed_write_leaves_the_earlier_file(name: str, tmp_path: Path, monke
     def full(_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(layout.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save(2)
     assert file.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_the_same_tensors_make_the_same_bytes(tmp_path: Path) -> None:

@@ -121,6 +121,7 @@ def token_batches(
     seed: int = 0,
     padding: Literal["error", "allow"] = "error",
     pool: int = 64,
+    aside: int = 0,
     progress: Progress = silent,
 ) -> Tokens:
     """Cut text into windows of tokens, and draw some of them.
@@ -138,6 +139,8 @@ def token_batches(
             padding.
         pool: windows are drawn from the beginning of the text, as much of it as holds `pool` times `samples`; the
             rest is not read.
+        aside: so many of the windows, the last ones returned, are drawn from the last eighth of that text, and the
+            others from before it: text to judge on is then not next to text that was fitted on.
 
     Raises:
         ValueError: there is no text, or less than asked for.
@@ -176,10 +179,19 @@ def token_batches(
             "there is."
         )
     if enough and samples is not None:
-        chosen = torch.randperm(full, generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+        chosen = _draw(full, samples, aside, torch.Generator().manual_seed(seed))
     else:
         chosen = list(range(full + (rest > 0 and padding == "allow")))
     return _pad([[*before, *stream[i * body : (i + 1) * body], *after] for i in chosen], length, pad)
+
+
+def _draw(full: int, samples: int, aside: int, generator: torch.Generator) -> list[int]:
+    """Numbers of `samples` of `full` windows, the last `aside` of them from the last eighth if it has as many."""
+    order = torch.randperm(full, generator=generator).tolist()
+    border = full - max(aside, full // 8) if aside else full
+    fitted = [i for i in order if i < border][: samples - aside]
+    judged = [i for i in order if i >= border]
+    return fitted + judged[: samples - len(fitted)]
 
 
 def _stream(texts: Iterable[Any], tokenizer: Any, enough: int | None, progress: Progress) -> array[int]:

@@ -78,12 +78,20 @@ class EckartQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True  # the factors are ordinary parameters: Trainer may train them with no adapter on top
+
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         install(model, self.quantization_config, dtype)
+        for name in self.quantization_config.modules:
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if parent is not model and not parent._parameters and not parent._buffers:
+                parent._is_hf_initialized = True  # else some models form a child's weight in order to initialise it
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model.config.quantization_config = self.quantization_config

@@ -15,7 +15,7 @@ from eckart.calibration.stream import Batch
 from eckart.calibration.tokens import Tokens
 from eckart.checkpoint.hf import EckartConfig, describe, reconfigure
 from eckart.checkpoint.source import Source, resolve
-from eckart.compression.engine import run_in_memory
+from eckart.compression.engine import batches_aside, run_in_memory
 from eckart.compression.folder_job import compress_folder, versions
 from eckart.compression.recipe import Method, Recipe
 from eckart.compression.result import Result
@@ -82,7 +82,10 @@ def compress(
         (model, result); the model can be saved with `save_pretrained` if it is one of transformers'.
     """
     chosen = method_for(method, form, metric, allocation, **settings)
-    batches = as_batches(data, tokenizer, samples=samples, length=length, batch_size=batch_size, seed=seed)
+    batches = as_batches(
+        data, tokenizer, samples=samples, length=length, batch_size=batch_size, seed=seed,
+        aside=windows_aside(chosen, samples, batch_size),
+    )  # fmt: skip
     run = run_in_memory(
         model, chosen, Budget.parse(budget), batches, seed=seed, executor=executor, progress=progress
     )  # fmt: skip
@@ -133,8 +136,9 @@ def compress_to(
     }  # fmt: skip
     tokenizer = _tokenizer(source) if needs_text(data) else None
     batches = as_batches(
-        data, tokenizer, samples=samples, length=length, batch_size=batch_size, seed=seed, progress=progress
-    )
+        data, tokenizer, samples=samples, length=length, batch_size=batch_size, seed=seed,
+        aside=windows_aside(chosen, samples, batch_size), progress=progress,
+    )  # fmt: skip
     return compress_folder(
         source, Path(out), chosen, asked, batches, settings=words, seed=seed, resume=resume, overwrite=overwrite,
         dry_run=dry_run, executor=executor, statistics=None if statistics is None else Path(statistics),
@@ -149,6 +153,12 @@ def words_of(method: Method) -> dict[str, Any]:
     return {k: v if isinstance(v, plain) else str(v) for k, v in found.items()}
 
 
+def windows_aside(method: Method, samples: int, batch_size: int) -> int:
+    """Windows that the engine will not calibrate on but try plans on."""
+    batches = -(-samples // batch_size)
+    return samples - (batches - batches_aside(batches)) * batch_size if method.tries_plans else 0
+
+
 def needs_text(data: Data) -> bool:
     return data is not None and not isinstance(data, Tokens) and not _is_batches(data)
 
@@ -158,7 +168,7 @@ def _is_batches(data: Any) -> bool:
 
 
 def as_batches(
-    data: Data, tokenizer: Any = None, *, samples: int, length: int, batch_size: int, seed: int,
+    data: Data, tokenizer: Any = None, *, samples: int, length: int, batch_size: int, seed: int, aside: int = 0,
     progress: Progress = silent,
 ) -> list[Batch]:  # fmt: skip
     """Calibration data as keyword arguments of a forward pass, batch by batch."""
@@ -173,8 +183,9 @@ def as_batches(
         raise ValueError("texts need a tokenizer: pass tokenizer=..., or data as batches of input_ids")
     texts: str | Path | Iterable[Any] = data
     tokens = token_batches(
-        load_texts(texts, progress=progress), tokenizer, samples=samples, length=length, seed=seed, progress=progress
-    )
+        load_texts(texts, progress=progress), tokenizer, samples=samples, length=length, seed=seed, aside=aside,
+        progress=progress,
+    )  # fmt: skip
     return list(tokens.batches(batch_size))
 
 

@@ -99,7 +99,7 @@ class Engine:
             return batches, []
         if len(batches) < 2 or "input_ids" not in batches[0]:
             raise ValueError(f"{self.method.key or 'this method'} sets calibration text aside: give at least two batches of input_ids")  # fmt: skip # noqa: E501
-        aside = max(1, len(batches) // 8)
+        aside = batches_aside(len(batches))
         return batches[:-aside], batches[-aside:]
 
     def plan(self) -> Plan:
@@ -200,6 +200,11 @@ class Engine:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
+def batches_aside(count: int) -> int:
+    """How many of `count` batches plans are tried on: an eighth, and at least one."""
+    return max(1, count // 8)
+
+
 def part_layouts(subject: Subject, blocks: list[str]) -> dict[int, Layout]:
     """The tensors of every part as they are stored, tied ones once, without loading any."""
     model = subject.model
@@ -221,8 +226,9 @@ def run_in_memory(model: nn.Module, method: Method, budget: Budget, batches: Seq
     """Compress a model where it is."""
     training = model.training
     model.eval()
-    with tempfile.TemporaryDirectory(prefix="eckart-") as work:
-        engine = Engine(InMemory(model), method, budget, batches, Path(work), **settings)
-        run = engine.fit(engine.plan())
-    model.train(training)
-    return run
+    try:
+        with tempfile.TemporaryDirectory(prefix="eckart-") as work:
+            engine = Engine(InMemory(model), method, budget, batches, Path(work), **settings)
+            return engine.fit(engine.plan())
+    finally:
+        model.train(training)
