@@ -221,7 +221,7 @@ def test_what_transformers_refuses_by_itself(
 )  # fmt: skip
 def test_a_config_that_is_no_table(folder: Path, text: str, error: type[Exception]) -> None:
     write(folder, text)
-    with frugal_and_quick(), pytest.raises(error, match="."):
+    with frugal_and_quick(), pytest.raises(error, match=SOMETHING):
         load(folder)
 
 
@@ -265,7 +265,7 @@ def test_a_file_cut_short_is_refused(folder: Path, keep: float) -> None:
     data = (folder / FILE).read_bytes()
     size = int(keep * len(data)) if isinstance(keep, float) else keep % len(data)
     (folder / FILE).write_bytes(data[:size])
-    with frugal_and_quick(), pytest.raises((SafetensorError, OSError, ValueError), match="."):
+    with frugal_and_quick(), pytest.raises((SafetensorError, OSError, ValueError), match=SOMETHING):
         load(folder)
 
 
@@ -286,7 +286,7 @@ def test_a_header_that_lies_is_refused(folder: Path, change: Callable[[Config], 
     length = int.from_bytes(data[:8], "little")
     header = json.dumps(change(json.loads(data[8 : 8 + length]))).encode()
     (folder / FILE).write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
-    with frugal_and_quick(), pytest.raises((SafetensorError, OSError, ValueError), match="."):
+    with frugal_and_quick(), pytest.raises((SafetensorError, OSError, ValueError), match=SOMETHING):
         load(folder)
 
 
@@ -299,7 +299,7 @@ def test_a_pickle_is_not_opened(folder: Path) -> None:
 
     (folder / FILE).unlink()
     torch.save({"w": Bomb()}, folder / "pytorch_model.bin")
-    with frugal_and_quick(), pytest.raises(Exception, match="."):
+    with frugal_and_quick(), pytest.raises(Exception, match=SOMETHING):
         load(folder)
     assert not trace.exists()
 

@@ -13,7 +13,7 @@ from eckart.compression.modegpt import MoDeGPT
 from eckart.compression.plan import Layer, Plan
 from eckart.compression.recipe import Job, Method, Recipe
 from eckart.compression.slicegpt import SliceGPT
-from eckart.metrics import InputCovariance, Kronecker
+from eckart.metrics import Kronecker
 from eckart.registry import method
 
 
@@ -23,7 +23,6 @@ def candidates() -> tuple[Method, ...]:
         Recipe(metric=Kronecker(), allocation=Optimal("error")),
         MoDeGPT(),
         SliceGPT(),
-        Recipe(metric=InputCovariance()),
     )
 
 

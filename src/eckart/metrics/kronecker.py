@@ -24,7 +24,7 @@ class Kronecker(Metric):
         centred: take the inputs about their mean, and let the bias carry what the mean loses.
     """
 
-    damping: float = 1e-3
+    damping: float = 1e-2
     centred: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"outer", "x", "grad_outer"})
