@@ -4,12 +4,14 @@
 
 float32, random weights. At batch 1 every variant goes through a stack of layers of at least 400 MB, so that weights
 come from memory and not from a cache; at batch 512 arithmetic decides. "dense" is nn.Linear, "eckart" the drop-in of
-`low_rank(rank=..)`, "functions" the same two factors through torch.nn.functional.linear without any module. The ideal
-speed-up is dense bytes over factored bytes at batch 1 and the ratio of the operations at batch 512, which are the same
-number. Variants take turns round by round; speed-ups are medians over rounds of the ratio within a round. With one
-thread CPU seconds are counted, so that waiting for a core does not count; with more, seconds on the wall.
+`low_rank(rank=..)`, "functions" the same two factors through torch.nn.functional.linear without any module, "columns"
+those with the left factor laid out by columns. The ideal speed-up is dense bytes over factored bytes at batch 1 and the
+ratio of the operations at batch 512, which are the same number. Variants take turns round by round; times are medians,
+speed-ups medians over rounds of the ratio within a round. With one thread CPU seconds are counted, so that waiting for
+a core does not count; with more, seconds on the wall. Peaks are a matrix-vector product of 256 MiB and a product of
+matrices 1536 wide.
 
-The last table is of whole models: decoders of 2048 and 5632 wide with random weights, tokens per second.
+The last tables are of whole models: decoders 2048 and 5632 wide with random weights, tokens per second on the wall.
 """
 
 from __future__ import annotations
@@ -55,9 +57,19 @@ def rank_of(shape: tuple[int, int], ratio: float) -> int:
     return max(1, round(ratio * shape[0] * shape[1] / (shape[0] + shape[1])))
 
 
+def factors(layer: Any) -> tuple[Tensor, Tensor]:
+    return layer.matrix.left.weight, layer.matrix.right.weight
+
+
 def functions(layer: nn.Module) -> Run:
-    left, right = layer.matrix.left.weight, layer.matrix.right.weight  # type: ignore[union-attr]
+    left, right = factors(layer)
     return lambda x: F.linear(F.linear(x, right), left)
+
+
+def columns(layer: nn.Module) -> Run:
+    left, right = factors(layer)
+    across = left.T.contiguous()
+    return lambda x: F.linear(x, right) @ across
 
 
 def weights(layer: nn.Module) -> int:
@@ -92,10 +104,11 @@ def measure(width: int, out: int, batch: int, rounds: int, clock: Callable[[], f
         variants["dense" if ratio is None else "eckart", ratio or 1.0] = list(layers)
         if ratio is not None:
             variants["functions", ratio] = [functions(layer) for layer in layers]
+            variants["columns", ratio] = [columns(layer) for layer in layers]
         sizes |= {key: weights(layers[0]) for key in variants if key[1] == (ratio or 1.0)}
     x = torch.randn(batch, width, generator=torch.Generator().manual_seed(0))
     times: dict[tuple[str, float], list[float]] = {key: [] for key in variants}
-    for key, runs in variants.items():
+    for runs in variants.values():
         seconds(runs, x, clock)
     for number in range(rounds):
         order = list(variants)

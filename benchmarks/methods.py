@@ -1,6 +1,6 @@
 """Every compression method on the real model, at equal bytes: perplexity, agreement, size, speed, time.
 
-    python benchmarks/methods.py [--budgets 0.9 0.8 0.6] [--methods svd svd_llm ...] [--samples 16] [--json FILE] [--resume]
+    python benchmarks/methods.py [--budgets 0.9 0.8 0.6] [--methods svd svd_llm ...] [--json FILE] [--resume]
 
 Each row is a model that was saved, loaded with plain transformers and measured on held-out windows; rows that FILE
 already holds are kept with --resume.
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/methods.json"))
     parser.add_argument("--work", type=Path, help="keep the models here")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--fast", action="store_true", help="perplexity only: no agreement, no timing")
     a = parser.parse_args()
 
     source = resolve(a.model)
@@ -56,8 +57,12 @@ def main() -> None:
         a.json.write_text(json.dumps({"text": text, "samples": a.samples, "rows": rows}, indent=1) + "\n")
         console.print(show(rows, text))
 
+    def measure(model: Path, against: Path | None) -> dict[str, Any]:
+        other = None if a.fast else against
+        return figures(evaluate(model, other, tokens=tokens, machine=machine, speed=not a.fast))
+
     if ("original", "1") not in done:
-        keep({"method": "original", "budget": "1", **figures(evaluate(source.folder, tokens=tokens, machine=machine))})
+        keep({"method": "original", "budget": "1", **measure(source.folder, None)})
     for budget in a.budgets:
         for key in a.methods:
             if (key, budget) in done:
@@ -72,8 +77,7 @@ def main() -> None:
                 keep({"method": key, "budget": budget, "error": str(e)})
                 continue
             seconds = time.perf_counter() - begin
-            found = evaluate(out, source.folder, tokens=tokens, machine=machine)
-            keep({"method": key, "budget": budget, "seconds": seconds, **figures(found)})
+            keep({"method": key, "budget": budget, "seconds": seconds, **measure(out, source.folder)})
             if a.work is None:
                 shutil.rmtree(out)
     console.print(show(rows, text))
@@ -107,7 +111,8 @@ def show(rows: list[dict[str, Any]], text: str) -> Table:
             r["budget"], r["method"], f"{r['bytes_disk'] / 1e6:.1f}", f"{r['perplexity']:.4g}",
             "-" if r["kl"] is None else f"{r['kl']:.3f}",
             "-" if r["top1_agreement"] is None else f"{100 * r['top1_agreement']:.1f}%",
-            f"{r['prefill_tokens_per_second']:.0f}", f"{r['decode_tokens_per_second']:.1f}",
+            "-" if r["prefill_tokens_per_second"] is None else f"{r['prefill_tokens_per_second']:.0f}",
+            "-" if r["decode_tokens_per_second"] is None else f"{r['decode_tokens_per_second']:.1f}",
             f"{r['seconds']:.0f}" if "seconds" in r else "-",
         )  # fmt: skip
     return table

@@ -76,12 +76,13 @@ def frugal_and_quick() -> Iterator[None]:
     if linux:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = resident("VmRSS")
-    signal.signal(signal.SIGALRM, hung)
+    earlier = signal.signal(signal.SIGALRM, hung)
     signal.alarm(SECONDS)
     try:
         yield
     finally:
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, earlier)
     assert not linux or resident("VmHWM") - before < MAX_BYTES
 
 
@@ -100,6 +101,20 @@ def changed(config: Config, *path: str, value: Any) -> Config:
     return copied
 
 
+SOMETHING = r"."
+NOWHERE = [
+    "..",
+    "__class__",
+    "model.layers.0.__class__",
+    "model..layers",
+    ".model",
+    "lm_head.weight",
+    "model.layers.99",
+]
+ELSEWHERE = {"model": "LlamaModel", "model.layers": "ModuleList", "model.norm": "LlamaRMSNorm"}
+NOT_SHAPES: list[Any] = [None, 3, [32], [32, -1], [0, 0], [1.0, 2.0], "32", [[1], [2]]]
+NOT_FORMS: list[Any] = [None, 3, True, ["dense()"], {"dense": 1}, "", "\u0000", "lambda: 0"]
+
 MODULES: list[tuple[Any, str]] = [
     (["a"], "modules is not a table of modules"),
     ("abc", "modules is not a table of modules"),
@@ -114,13 +129,8 @@ MODULES: list[tuple[Any, str]] = [
     ({FIRST: {"kind": ["linear"]}}, "unknown kind"),
     ({FIRST: {"kind": "__class__"}}, "unknown kind '__class__'"),
     ({FIRST: {"kind": "torch.nn.Linear"}}, "unknown kind 'torch.nn.Linear'"),
-    *(({name: {"kind": "linear"}}, f"describes {name}, which LlamaForCausalLM does not have") for name in (
-        "..", "__class__", "model.layers.0.__class__", "model.layers.0.__dict__", "model..layers", ".model", "lm_head.weight",
-        "model.layers.99.self_attn.q_proj", "forward",
-    )),
-    *(({name: {"kind": "linear", "shape": [1, 1]}}, f"{name}: the checkpoint says linear, the model has {has}") for name, has in (
-        ("model", "LlamaModel"), ("model.layers", "ModuleList"), ("model.embed_tokens", "Embedding"), ("model.norm", "LlamaRMSNorm"),
-    )),
+    *(({name: {"kind": "linear"}}, f"describes {name}, which LlamaForCausalLM does not have") for name in NOWHERE),
+    *(({name: {"kind": "linear"}}, f"{name}: .* says linear, the model has {has}") for name, has in ELSEWHERE.items()),
     ({FIRST: {"kind": "embedding", "shape": [32, 32]}}, "the checkpoint says embedding, the model has Linear"),
 ]  # fmt: skip
 
@@ -133,7 +143,7 @@ def test_a_table_that_is_none(folder: Path, config: Config, modules: Any, messag
 
 
 SPECS: list[tuple[str, Any, str]] = [
-    *(("shape", shape, f"{FIRST}: .* is not the shape of a matrix") for shape in (None, 3, [32], [32, -1], [0, 0], [1.0, 2.0], "32", [[1], [2]])),
+    *(("shape", shape, f"{FIRST}: .* is not the shape of a matrix") for shape in NOT_SHAPES),
     ("shape", [10**9, 10**9], "is larger than the model's"),
     ("shape", [33, 32], r"shape \(33, 32\) is larger than the model's \(32, 32\)"),
     ("form", "low_rank(rank=10000000000)", "the rank is at most 32"),
@@ -144,7 +154,7 @@ SPECS: list[tuple[str, Any, str]] = [
     ("form", "low_rnak(rank=3)", f"{FIRST}: unknown form 'low_rnak'; did you mean 'low_rank'"),
     ("form", "(" * 3000 + "dense()" + ")" * 3000, "characters long; the limit is"),
     ("form", "(" * 1000 + "dense()" + ")" * 1000, "cannot read form"),
-    *(("form", form, "cannot read form") for form in (None, 3, True, ["dense()"], {"dense": 1}, "", "\u0000", "lambda: 0")),
+    *(("form", form, "cannot read form") for form in NOT_FORMS),
     ("bias", True, f"lacks {FIRST}.bias, or holds it in another shape"),
 ]  # fmt: skip
 
@@ -170,7 +180,7 @@ def test_nothing_in_a_config_is_executed(folder: Path, config: Config, form: str
     trace = folder / "trace"
     for path in (("modules", FIRST, "form"), ("modules", FIRST, "kind")):
         write(folder, changed(config, *path, value=form.format(trace)))
-        with pytest.raises(ValueError, match="cannot read form|unknown form|unknown kind"):
+        with pytest.raises(ValueError, match=r"cannot read form|unknown form|unknown kind"):
             load(folder)
         assert not trace.exists()
 
@@ -217,8 +227,8 @@ def test_what_transformers_refuses_by_itself(
 
 @pytest.mark.parametrize(
     ("text", "error"),
-    [("{", OSError), ("[1]", ValueError), ("\x00", OSError), ('{"model_type": "llama", "a": ' + "[" * 10**5, RecursionError)],
-)  # fmt: skip
+    [("{", OSError), ("[1]", ValueError), ("\x00", OSError), ('{"model_type": ' + "[" * 10**5, RecursionError)],
+)
 def test_a_config_that_is_no_table(folder: Path, text: str, error: type[Exception]) -> None:
     write(folder, text)
     with frugal_and_quick(), pytest.raises(error, match=SOMETHING):
@@ -233,7 +243,7 @@ def test_a_table_that_was_emptied_is_reported(
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     write(folder, changed(config, "modules", value=modules))
     load(folder)
-    assert f"{FIRST}.matrix.left.weight" in caplog.text.replace("{0, 1, 2}", "0")
+    assert "q_proj.matrix.left.weight" in caplog.text
     assert "UNEXPECTED" in caplog.text
     assert "MISSING" in caplog.text
 
@@ -272,7 +282,7 @@ def test_a_file_cut_short_is_refused(folder: Path, keep: float) -> None:
 HEADERS: list[Callable[[Config], Any]] = [
     lambda header: {},
     lambda header: [],
-    lambda header: {"__metadata__": {"format": "pt"}, "w": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 2**63]}},
+    lambda header: {"w": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 2**63]}},
     lambda header: {**header, "w": {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 4]}},
     lambda header: {**header, "w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}},
     lambda header: {**header, "w": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
@@ -299,17 +309,23 @@ def test_a_pickle_is_not_opened(folder: Path) -> None:
 
     (folder / FILE).unlink()
     torch.save({"w": Bomb()}, folder / "pytorch_model.bin")
-    with frugal_and_quick(), pytest.raises(Exception, match=SOMETHING):
+    with frugal_and_quick(), pytest.raises(UnpicklingError, match="Weights only load failed"):
         load(folder)
     assert not trace.exists()
 
 
+words = st.sampled_from(["linear", "conv2d", "narrow", "stream_norm", "low_rank(rank=3)", "__class__", "../x", FIRST])
+numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False)
+keys = st.sampled_from(["kind", "form", "shape", "a"])
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=20)
-    | st.sampled_from(["linear", "conv2d", "narrow", "stream_norm", "low_rank(rank=3)", "__class__", "../x", FIRST, "lm_head"]),
-    lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(max_size=8) | st.sampled_from(["kind", "form", "shape"]), v, max_size=4),
+    st.none() | st.booleans() | numbers | words | st.text(max_size=20),
+    lambda v: st.lists(v, max_size=4) | st.dictionaries(keys, v, max_size=4),
     max_leaves=8,
-)  # fmt: skip
+)
+
+
+FORMS = ["dense()", "diagonal()", "low_rank()", "select()", "dense() @ dense()", "low_rank(rank=2) + diagonal()"]
+NAMES = [FIRST, SECOND, "lm_head", "model.embed_tokens", "model.norm", "model", "model.layers.1.mlp.up_proj", "x", ""]
 
 
 @st.composite
@@ -318,7 +334,7 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
     sizes = st.integers(-1, 40) | st.sampled_from([2**31, 2**62, True, 3.0, None])
     spec: dict[str, Any] = {
         "kind": draw(st.sampled_from(list(STAND_INS))),
-        "form": draw(st.sampled_from(["dense()", "diagonal()", "low_rank()", "select()", "dense() @ dense()"]) | st.integers(-2, 50).map("low_rank(rank={})".format)),
+        "form": draw(st.sampled_from(FORMS) | st.integers(-2, 50).map("low_rank(rank={})".format)),
         "shape": draw(st.lists(sizes, min_size=1, max_size=3)),
         "bias": draw(st.booleans()),
     }  # fmt: skip
@@ -327,11 +343,8 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
     return spec
 
 
-NAMES = [FIRST, SECOND, "lm_head", "model.embed_tokens", "model.norm", "model.layers.0.input_layernorm", "model", "model.layers", "model.layers.1.mlp.up_proj", "x", ""]  # fmt: skip # noqa: E501
-
-
 @given(st.dictionaries(st.sampled_from(NAMES), specs() | json_values, min_size=1, max_size=3), json_values, json_values)
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_table_is_installed_or_refused(skeleton: Any, modules: dict[str, Any], tied: Any, history: Any) -> None:
     """Without weights: the part that reads a config, on the skeleton of a model."""
     model = copy.deepcopy(skeleton)
@@ -356,16 +369,13 @@ def tensors_at(model: Any, name: str) -> list[torch.Tensor]:
         return []
 
 
-PATHS = [
-    ("modules",),
-    ("modules", FIRST),
-    *(("modules", FIRST, key) for key in ("kind", "form", "shape", "bias", "new")),
-]
+PATHS = [("modules",), ("tied",), ("history",), ("format",), ("new",), ("quant_method",), ("modules", FIRST)]
+PATHS += [("modules", FIRST, key) for key in ("kind", "form", "shape", "bias", "new")]
 REFUSED = (ValueError, TypeError, RuntimeError, AttributeError, OSError)
 
 
-@given(st.sampled_from([*PATHS, ("tied",), ("history",), ("format",), ("new",), ("quant_method",)]), json_values)
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(PATHS), json_values)
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_change_of_a_config_is_loaded_or_refused(
     honest: Path, config: Config, tmp_path_factory: pytest.TempPathFactory, path: tuple[str, ...], value: Any
 ) -> None:

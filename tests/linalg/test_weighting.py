@@ -22,10 +22,10 @@ G, C = covariance(OUT, 20, 1), covariance(IN, 20, 2)
 DIAGONAL = Weighting(DiagonalRoot(G.diagonal().sqrt()), DiagonalRoot(C.diagonal().sqrt()))
 WEIGHTINGS: dict[str, tuple[Weighting, Tensor, Tensor]] = {
     "plain": (PLAIN, torch.eye(OUT, dtype=torch.float64), torch.eye(IN, dtype=torch.float64)),
-    "cholesky": (Weighting(psd_root(G, 0), psd_root(C, 0)), G, C),
-    "eigen": (Weighting(psd_root(G, 0, "eigen"), psd_root(C, 0, "eigen")), G, C),
+    "cholesky": (Weighting(psd_root(G, 0.0), psd_root(C, 0.0)), G, C),
+    "eigen": (Weighting(psd_root(G, 0.0, "eigen"), psd_root(C, 0.0, "eigen")), G, C),
     "diagonal": (DIAGONAL, torch.diag(G.diagonal()), torch.diag(C.diagonal())),
-    "one side": (Weighting(right=psd_root(C, 0)), torch.eye(OUT, dtype=torch.float64), C),
+    "one side": (Weighting(right=psd_root(C, 0.0)), torch.eye(OUT, dtype=torch.float64), C),
 }
 weightings = pytest.mark.parametrize("name", WEIGHTINGS)
 

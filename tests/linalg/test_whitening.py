@@ -33,8 +33,8 @@ D = gaussian(N, seed=2, dtype=torch.float64).abs() + 0.1
 ROOTS: dict[str, tuple[Root, Tensor]] = {
     "identity": (IdentityRoot(), torch.eye(N, dtype=torch.float64)),
     "diagonal": (DiagonalRoot(D), torch.diag(D**2)),
-    "cholesky": (psd_root(covariance(), 0), covariance()),
-    "eigen": (psd_root(covariance(), 0, "eigen"), covariance()),
+    "cholesky": (psd_root(covariance(), 0.0), covariance()),
+    "eigen": (psd_root(covariance(), 0.0, "eigen"), covariance()),
 }
 
 
@@ -60,7 +60,7 @@ def test_kinds_of_roots() -> None:
 @pytest.mark.parametrize("rank", [1, 4, 8])
 def test_the_eigen_root_of_a_singular_weight_is_exact(rank: int) -> None:
     C = covariance(rank)
-    root = psd_root(C, 0, "eigen")
+    root = psd_root(C, 0.0, "eigen")
     assert isinstance(root, EigenRoot)
     assert root.Q.shape == (N, rank)
     assert error_ratio(root.gram(N), C) <= 1e-12
@@ -78,7 +78,7 @@ def test_damping_is_relative_to_the_mean_diagonal() -> None:
 
 def test_more_damping_than_asked_for_is_said() -> None:
     with pytest.warns(Damped, match=r"the covariance of up_proj is rank-deficient: damped by 1e-\d\d of its mean"):
-        root = psd_root(covariance(3), 0, name="up_proj")
+        root = psd_root(covariance(3), 0.0, name="up_proj")
     assert isinstance(root, TriangularRoot)
     assert error_ratio(root.gram(N), covariance(3)) <= 1e-6
 
@@ -87,13 +87,13 @@ def test_enough_damping_is_silent() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         psd_root(covariance(3), 1e-6)
-        psd_root(covariance(3), 0, "eigen")
+        psd_root(covariance(3), 0.0, "eigen")
 
 
 def test_rounding_that_breaks_symmetry_is_forgiven() -> None:
     C = covariance()
     skewed = C + 1e-9 * gaussian(N, N, dtype=torch.float64)
-    assert error_ratio(psd_root(skewed, 0).gram(N), C) <= 1e-8
+    assert error_ratio(psd_root(skewed, 0.0).gram(N), C) <= 1e-8
 
 
 @pytest.mark.parametrize("kind", ["cholesky", "eigen"])
@@ -119,7 +119,7 @@ def test_numbers_that_are_none_are_named(value: float) -> None:
     with pytest.raises(ValueError, match="the covariance of up_proj holds NaN or infinity"):
         psd_root(broken, name="up_proj")
     with pytest.raises(ValueError, match="the diagonal weight of up_proj holds NaN or infinity"):
-        damped_diagonal(broken[2], 0, "up_proj")
+        damped_diagonal(broken[2], 0.0, "up_proj")
     with pytest.raises(ValueError, match=r"^my tensor holds NaN or infinity$"):
         check_finite(broken, "my tensor")
 

@@ -128,12 +128,19 @@ def _relative(error: float | None, energy: float | None) -> str:
 
 def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
     """`name=value` texts as keyword arguments: numbers, true/false and none are read, other values stay text."""
+    from inspect import signature
+
+    from eckart.compression import compress_to
+
+    options = signature(compress_to).parameters
     words: dict[str, Any] = {"true": True, "false": False, "none": None}
     found: dict[str, Any] = {}
     for pair in pairs or []:
         name, sign, value = pair.partition("=")
         if not sign or not name.strip():
             raise ValueError(f"cannot read the setting {pair!r}: write NAME=VALUE")
+        if name.strip() in options:
+            raise ValueError(f"{name.strip()} is an option of its own: write --{name.strip().replace('_', '-')} {value.strip()}")  # fmt: skip # noqa: E501
         found[name.strip()] = words.get(value.strip().lower(), _number(value.strip()))
     return found
 

@@ -48,7 +48,7 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeElapsedColumn(),
-            console=err, transient=not err.is_terminal,
+            console=err, disable=not err.is_terminal,
         )  # fmt: skip
 
     def __enter__(self) -> Bars:

@@ -57,7 +57,24 @@ def method_for(
     for name in parts:
         if name not in known:
             raise ValueError(f"{chosen.key or 'this method'} has no setting {name!r}{suggest(name, known)}")
-    return dataclasses.replace(chosen, **parts)
+    return dataclasses.replace(chosen, **{k: _of_kind(k, v, getattr(chosen, k)) for k, v in parts.items()})
+
+
+def _of_kind(name: str, value: Any, default: Any) -> Any:
+    """The value, which must be of the default's kind where that is a number, a truth value or text."""
+    if isinstance(default, bool):
+        kinds, word = bool, "true or false"
+    elif isinstance(default, int):
+        kinds, word = int, "a whole number"
+    elif isinstance(default, float):
+        kinds, word = int | float, "a number"
+    elif isinstance(default, str):
+        return str(value)
+    else:
+        return value
+    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+        raise ValueError(f"{name} is {word}, not {value!r}")
+    return value
 
 
 def compress(
@@ -192,4 +209,7 @@ def as_batches(
 def _tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(source.folder)
+    try:
+        return AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{source.folder} has no tokenizer that transformers can load ({str(e).splitlines()[0]}): add its files, or give batches of input_ids as data") from e  # fmt: skip # noqa: E501

@@ -25,8 +25,10 @@ class SumMatrix(Factored):
         self.terms = nn.ModuleList(terms)
         self.shape, self.form = terms[0].shape, form
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        y = self.terms[0](x)
+    def forward(
+        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
+    ) -> Float[Tensor, "*batch out"]:
+        y = self.terms[0](x, bias)
         for term in self.terms[1:]:
             y = y + term(x)
         return y
@@ -63,8 +65,11 @@ class ProductMatrix(Factored):
         self.left, self.right, self.form = left, right, form
         self.shape = (left.shape[0], right.shape[1])
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return self.left(self.right(x))
+    def forward(
+        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
+    ) -> Float[Tensor, "*batch out"]:
+        # not through __call__, whose bookkeeping takes longer than the product of a thin factor with one vector
+        return self.left.forward(self.right.forward(x), bias)
 
     def dense(self) -> Float[Tensor, "out in"]:
         return self.left.dense() @ self.right.dense()

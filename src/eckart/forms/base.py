@@ -30,8 +30,10 @@ class Factored(nn.Module, ABC):
     form: Form
 
     @abstractmethod
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """x Wᵀ."""
+    def forward(
+        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
+    ) -> Float[Tensor, "*batch out"]:
+        """x Wᵀ + bias."""
 
     @abstractmethod
     def dense(self) -> Float[Tensor, "out in"]:

@@ -21,8 +21,10 @@ class DenseMatrix(Factored):
         self.weight, self.form = weight, form
         self.shape = (weight.shape[0], weight.shape[1])
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return F.linear(x, self.weight)
+    def forward(
+        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
+    ) -> Float[Tensor, "*batch out"]:
+        return F.linear(x, self.weight, bias)
 
     def dense(self) -> Float[Tensor, "out in"]:
         return self.weight

@@ -20,9 +20,12 @@ class DiagonalMatrix(Factored):
         super().__init__()
         self.diagonal, self.shape, self.form = diagonal, shape, form
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+    def forward(
+        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
+    ) -> Float[Tensor, "*batch out"]:
         k = self.diagonal.shape[0]
-        return F.pad(x[..., :k] * self.diagonal, (0, self.shape[0] - k))
+        y = F.pad(x[..., :k] * self.diagonal, (0, self.shape[0] - k))
+        return y if bias is None else y + bias
 
     def dense(self) -> Float[Tensor, "out in"]:
         out, in_ = self.shape

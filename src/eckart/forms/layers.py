@@ -148,8 +148,7 @@ class FactoredLinear(DropIn, nn.Linear):
         return self._formed()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        y = self.matrix(x)
-        return y if self.bias is None else y + self.bias
+        return self.matrix.forward(x, self.bias)
 
 
 @stand_in
@@ -168,8 +167,7 @@ class FactoredConv1D(DropIn, Conv1D):
         return self._formed().t()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        y = self.matrix(x)
-        return y if self.bias is None else y + self.bias
+        return self.matrix.forward(x, self.bias)
 
 
 @stand_in

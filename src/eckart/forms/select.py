@@ -34,11 +34,15 @@ class SelectMatrix(Factored):
         """Whether the kept coordinates are those of the output."""
         return self.shape[0] >= self.shape[1]
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+    def forward(
+        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
+    ) -> Float[Tensor, "*batch out"]:
         index = self.index.long()
         if self.scatters:
-            return x.new_zeros(*x.shape[:-1], self.shape[0]).index_copy(-1, index, x)
-        return x.gather(-1, index.expand(*x.shape[:-1], -1))
+            y = x.new_zeros(*x.shape[:-1], self.shape[0]).index_copy(-1, index, x)
+        else:
+            y = x.gather(-1, index.expand(*x.shape[:-1], -1))
+        return y if bias is None else y + bias
 
     def dense(self) -> Float[Tensor, "out in"]:
         ones = F.one_hot(self.index.long(), max(self.shape)).to(self.like.dtype)

@@ -81,15 +81,17 @@ class FormContract:
         assert error_ratio(found, wanted) <= self.tolerance[dtype]
 
     def assert_computes_its_matrix(self, module: Factored, dtype: torch.dtype) -> None:
-        """Forward, rows and shapes agree with `dense()`."""
+        """Forward, with a bias and without, rows and shapes agree with `dense()`."""
         out, in_ = module.shape
-        dense = module.dense().detach()
+        dense, bias = module.dense().detach(), gaussian(out, seed=3, dtype=dtype)
         assert dense.shape == (out, in_)
         for batch in BATCHES:
             x = gaussian(*batch, in_, seed=1, dtype=dtype)
             y = module(x)
             assert (y.shape, y.dtype) == ((*batch, out), dtype)
-            self.assert_close(y, x.double() @ dense.double().T, dtype)
+            wanted = x.double() @ dense.double().T
+            self.assert_close(y, wanted, dtype)
+            self.assert_close(module(x, bias), wanted + bias.double(), dtype)
             if out:
                 ids = torch.randint(out, batch, generator=torch.Generator().manual_seed(2))
                 self.assert_close(module.rows(ids), dense[ids], dtype)
@@ -102,14 +104,16 @@ class FormContract:
     def test_gradients_are_those_of_the_dense_matrix(self, form: Form, shape: Shape) -> None:
         module = form.fit(gaussian(*shape, dtype=torch.float64))
         x = gaussian(2, 3, shape[1], seed=1, dtype=torch.float64).requires_grad_()
+        bias = gaussian(shape[0], seed=3, dtype=torch.float64).requires_grad_()
         weight = gaussian(2, 3, shape[0], seed=2, dtype=torch.float64)
-        inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
+        inputs = [x, bias, *(p for p in module.parameters() if p.requires_grad)]
 
         def gradients(y: Tensor) -> list[Tensor]:
             found = torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True)
             return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
 
-        for found, wanted in zip(gradients(module(x)), gradients(x @ module.dense().T), strict=True):
+        pairs = zip(gradients(module(x, bias)), gradients(x @ module.dense().T + bias), strict=True)
+        for found, wanted in pairs:
             self.assert_close(found, wanted, torch.float64)
 
     def test_odd_shapes_compute_or_are_refused(self, form: Form, shape: Shape) -> None:
