@@ -1,4 +1,4 @@
-"""Gradient sums equal autograd's on the whole model; records of one model, data and loss are never mixed with others."""
+"""Gradient sums equal autograd's on the whole model; records of other data and losses are never mixed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import tiny
 from eckart.calibration.calibrate import Request, calibrate
 from eckart.calibration.collect import collect_gradients
 from eckart.calibration.store import OUTSIDE, StatisticsStore, fingerprint

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed
 
+import tiny
 from eckart.calibration.calibrate import Request, calibrate
 from eckart.calibration.store import OUTSIDE, StatisticsStore
 from eckart.calibration.stream import Stream

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from click.testing import Result
 from typer.testing import CliRunner
 
+import tiny
 from eckart.cli import app
 from eckart.registry import entries
 

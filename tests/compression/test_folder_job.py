@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import eckart
+import tiny
 from eckart.allocation import BudgetError
 from eckart.compression.result import Result
 
@@ -235,7 +235,7 @@ class TestTargets:
         (tmp_path / "out.partial").mkdir()
         (tmp_path / "out.partial" / "notes.txt").write_text("mine")
         for overwrite in (False, True):
-            with pytest.raises(FileExistsError, match="out.partial is in the way and was not made by eckart"):
+            with pytest.raises(FileExistsError, match=r"out\.partial is in the way and was not made by eckart"):
                 compress(made(), "svd", budget=0.8, overwrite=overwrite)
         assert (tmp_path / "out.partial" / "notes.txt").read_text() == "mine"
 
@@ -274,7 +274,7 @@ class TestTargets:
         monkeypatch.setattr(os, "fsync", full)
         for files in (1, 3, 3, 3, 3):
             left = files
-            with pytest.raises(OSError, match="No space left on device: '/.*'") as caught:
+            with pytest.raises(OSError, match=r"No space left on device: '/.*'") as caught:
                 compress(made(), "svd_llm", budget=0.8, overwrite=True, resume=True)
             assert caught.value.errno == errno.ENOSPC
             assert tiny.hashes(tmp_path / "out") == before

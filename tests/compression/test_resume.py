@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import tiny
 
 RECIPES: dict[str, list[str]] = {

@@ -16,7 +16,7 @@ class Entropy(Allocator):
     """Block l loses the share L φ softmax(-s / temperature)_l of its bytes, where s_l is its influence.
 
     Args:
-        temperature: the paper's ε, relative to the spread of s; larger is flatter.
+        temperature: the paper's ε, in the units of s, which lies in [0, 2]; larger is flatter.
         cap: no block loses more than this; the excess goes to the others.
     """
 

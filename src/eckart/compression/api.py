@@ -61,19 +61,15 @@ def method_for(
 
 
 def _of_kind(name: str, value: Any, default: Any) -> Any:
-    """The value, which must be of the default's kind where that is a number, a truth value or text."""
-    if isinstance(default, bool):
-        kinds, word = bool, "true or false"
-    elif isinstance(default, int):
-        kinds, word = int, "a whole number"
-    elif isinstance(default, float):
-        kinds, word = int | float, "a number"
-    elif isinstance(default, str):
+    """The value, which must be of the default's kind where that is a truth value, a number or text."""
+    if isinstance(default, str):
         return str(value)
-    else:
-        return value
-    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-        raise ValueError(f"{name} is {word}, not {value!r}")
+    for kind, word in ((bool, "true or false"), (int, "a whole number"), (float, "a number")):
+        if isinstance(default, kind):
+            fits = isinstance(value, bool) if kind is bool else isinstance(value, kind | int) and not isinstance(value, bool)  # fmt: skip # noqa: E501
+            if not fits:
+                raise ValueError(f"{name} is {word}, not {value!r}")
+            return value
     return value
 
 

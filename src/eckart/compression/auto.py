@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ class Auto(Method):
                 continue
             loss = job.trial(candidate, plan)
             tried[label(candidate)] = loss
-            if best is None or loss < best[0]:
+            if best is None or loss < best[0] or math.isnan(best[0]):
                 best = (loss, i, plan)
         if best is None:
             raise BudgetError("; ".join(impossible))

@@ -133,10 +133,10 @@ def compress_folder(
         if not place.moved:
             disk.output.complete(source.folder, config, files)
             place.move()
-    except (OSError, KeyboardInterrupt) as e:
+    except (OSError, MemoryError, RuntimeError, KeyboardInterrupt) as e:  # another attempt may do better
         e.add_note(f"nothing that was there before is changed, and --resume goes on with what is done in {place.work}")
         raise
-    except (ValueError, TypeError):
+    except Exception:
         place.forget()
         raise
     result.folder = out

@@ -138,6 +138,12 @@ class Recipe(Method):
     one_shot: bool = True
     targets: str = ""
 
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.targets)
+        except re.error as e:
+            raise ValueError(f"targets={self.targets!r} is not a regular expression: {e}") from None
+
     @property
     def sequential(self) -> bool:
         return not self.one_shot and bool(self.metric.needs)

@@ -29,6 +29,8 @@ ODD_SHAPES: list[Shape] = [(7, 5), (5, 7), (1, 9), (9, 1), (1, 1), (0, 5), (5, 0
 BATCHES: list[tuple[int, ...]] = [(), (3,), (2, 3), (0,)]
 Case = tuple[Form, Shape]
 
+STORED = pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
 
 def registered_forms(shape: Shape = SHAPE) -> list[Case]:
     """Every registered word as it comes, or where its dials are open, its cheapest, a middle and its dearest rung."""
@@ -126,13 +128,14 @@ class FormContract:
                 with pytest.raises(ValueError):
                     form.fit(gaussian(*odd))
 
-    def test_bytes_are_what_is_stored(self, form: Form, shape: Shape, dtype: torch.dtype, tmp_path: Path) -> None:
-        module = form.fit(gaussian(*shape), dtype=dtype)
+    @STORED
+    def test_bytes_are_what_is_stored(self, form: Form, shape: Shape, stored: torch.dtype, tmp_path: Path) -> None:
+        module = form.fit(gaussian(*shape), dtype=stored)
         state, file = module.state_dict(), tmp_path / "model.safetensors"
         held = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in state.values())}
         save_tensors(state, file)
-        stored = sum(entry.nbytes for entry in read_header(file).values())
-        assert module.nbytes == form.nbytes(shape, dtype) == sum(held.values()) == stored
+        written = sum(entry.nbytes for entry in read_header(file).values())
+        assert module.nbytes == form.nbytes(shape, stored) == sum(held.values()) == written
         assert file.stat().st_size == file_bytes(layout_of(state))
 
     def test_flops_grow_with_tokens(self, form: Form, shape: Shape) -> None:
@@ -143,8 +146,11 @@ class FormContract:
         again = parse(str(form))
         assert (again, hash(again), str(again)) == (form, hash(form), str(form))
 
-    def test_an_empty_module_has_the_layout_of_a_fitted_one(self, form: Form, shape: Shape, dtype: torch.dtype) -> None:
-        fitted, empty = form.fit(gaussian(*shape), dtype=dtype), form.build(shape, dtype=dtype, device="meta")
+    @STORED
+    def test_an_empty_module_has_the_layout_of_a_fitted_one(
+        self, form: Form, shape: Shape, stored: torch.dtype
+    ) -> None:
+        fitted, empty = form.fit(gaussian(*shape), dtype=stored), form.build(shape, dtype=stored, device="meta")
         assert layout_of(empty.state_dict()) == layout_of(fitted.state_dict())
         assert (empty.form, empty.shape) == (fitted.form, fitted.shape) == (form, shape)
         assert all(tensor.is_meta for tensor in empty.state_dict().values())

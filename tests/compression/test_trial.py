@@ -1,0 +1,120 @@
+"""Trying plans: the loss is that of the compressed model, the model is as before, and `auto` takes the best."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import eckart
+import tiny
+from eckart.allocation import Budget
+from eckart.calibration.subject import InMemory
+from eckart.checkpoint.folder import Folder
+from eckart.checkpoint.source import resolve
+from eckart.compression import Method, Plan, method_for
+from eckart.compression.auto import candidates, label
+from eckart.compression.engine import Engine
+
+
+def loss_of(model: Any, batches: list[dict[str, Any]]) -> float:
+    """Mean cross-entropy of every next real token."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            logits, ids = model(**batch).logits[:, :-1].float(), batch["input_ids"][:, 1:]
+            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()[:, 1:]
+            total += float(F.cross_entropy(logits[real], ids[real], reduction="sum"))
+            count += int(real.sum())
+    return total / count
+
+
+class Trying(Method):
+    """Plans as another method does, tries that plan, and keeps the loss."""
+
+    def __init__(self, inner: Method):
+        object.__setattr__(self, "inner", inner)
+        object.__setattr__(self, "losses", [])
+
+    tries_plans = True  # type: ignore[assignment]
+
+    def request(self, model: Any, blocks: list[str]) -> Any:
+        return self.inner.request(model, blocks)  # type: ignore[attr-defined]
+
+    def plan(self, job: Any) -> Plan:
+        plan = self.inner.plan(job)  # type: ignore[attr-defined]
+        self.losses.append(job.trial(self.inner, plan))  # type: ignore[attr-defined]
+        return plan
+
+    def rewrite(self, job: Any, plan: Plan, part: int) -> Any:
+        return self.inner.rewrite(job, plan, part)  # type: ignore[attr-defined]
+
+    def config_changes(self, plan: Plan) -> dict[str, Any]:
+        return self.inner.config_changes(plan)  # type: ignore[attr-defined]
+
+
+def engine_over(subject: Any, method: Method, tmp_path: Path, batches: list[dict[str, Any]]) -> Engine:
+    return Engine(subject, method, Budget.parse("0.8"), batches, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "opt"])
+@pytest.mark.parametrize("method", ["svd_llm", "modegpt", "slicegpt"])
+def test_a_trial_measures_the_compressed_model_and_leaves_it_as_it_was(method: str, name: str, dtype: torch.dtype, tmp_path: Path) -> None:  # fmt: skip # noqa: E501
+    model, batches = tiny.build(name, dtype=dtype), tiny.batches((2,) * 9, padded=True)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    modules = {k: id(m) for k, m in model.named_modules()}
+    config = model.config.to_json_string()
+    trying = Trying(method_for(method))
+    engine = engine_over(InMemory(model), trying, tmp_path, batches)
+    plan = engine.plan()
+    after = model.state_dict()
+    assert after.keys() == state.keys()
+    for key, value in state.items():
+        assert after[key].dtype == value.dtype
+        assert torch.equal(after[key], value), key
+    assert {k: id(m) for k, m in model.named_modules()} == modules
+    assert model.config.to_json_string() == config
+    engine.fit(plan)
+    assert trying.losses == pytest.approx([loss_of(model.float(), batches[-1:])], rel=2e-5)
+
+
+def test_a_trial_over_a_folder_is_the_one_in_memory(tmp_path: Path) -> None:
+    folder, batches = tiny.save_model(tmp_path / "m"), tiny.batches((2,) * 8)
+    losses = []
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    for i, subject in enumerate((Folder(resolve(folder)), InMemory(loaded))):
+        trying = Trying(method_for("svd_llm"))
+        (tmp_path / str(i)).mkdir()
+        engine_over(subject, trying, tmp_path / str(i), batches).plan()
+        losses += trying.losses
+        assert i or all(p.device.type == "meta" for p in subject.model.parameters())
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("budget", ["0.9", "0.7"])
+def test_auto_takes_the_candidate_with_the_least_loss_on_text_set_aside(budget: str, tmp_path: Path) -> None:
+    """By what it says it found, and by the losses of the models that the candidates make by themselves."""
+    batches = tiny.batches((2,) * 8, length=16)
+    engine = Engine(InMemory(tiny.build("llama")), method_for("auto"), Budget.parse(budget), batches, tmp_path)
+    plan = engine.plan()
+    chosen, tried = candidates()[plan.extra["candidate"]], plan.extra["tried"]
+    assert len(tried) >= 2
+    assert tried[label(chosen)] == min(tried.values())
+    model = tiny.build("llama")
+    found = eckart.compress(model, "auto", budget=budget, data=batches).result
+    assert [layer.form for layer in found.layers] == [layer.form for layer in plan.layers]
+    losses = {}
+    for candidate in candidates():
+        if label(candidate) in tried:
+            own = tiny.build("llama")
+            eckart.compress(own, candidate, budget=budget, data=batches[:-1])
+            losses[label(candidate)] = loss_of(own, batches[-1:])
+    assert losses == pytest.approx(tried, rel=1e-5)
+    assert loss_of(model, batches[-1:]) == pytest.approx(min(losses.values()), rel=1e-5)
+    assert all(math.isfinite(loss) for loss in losses.values())

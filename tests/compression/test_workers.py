@@ -1,0 +1,111 @@
+"""Work on layers fanned out over Ray: bit for bit what one process does; and errors that say what to do."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eckart
+import tiny
+from eckart.compression.solve import Serial
+from eckart.compression.workers import RayExecutor, executor_for
+
+
+def test_without_workers_it_is_this_process() -> None:
+    with executor_for(None) as executor:
+        assert isinstance(executor, Serial)
+        assert list(executor.map(abs, [-1, 2])) == [1, 2]
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "2.5", "some", "", 0])
+def test_what_is_neither_a_number_nor_an_address_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError, match=f"cannot read --workers '{text}': give a number of at least 1, or"), executor_for(text):  # fmt: skip # noqa: E501
+        pass
+
+
+def test_without_ray_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = builtins.__import__
+
+    def missing(name: str, *more: Any, **named: Any) -> Any:
+        if name == "ray":
+            raise ImportError("No module named 'ray'")
+        return imported(name, *more, **named)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ImportError, match=r"workers need Ray: pip install 'eckart\[ray\]'"), executor_for(2):
+        pass
+
+
+class Local:
+    """Stands for Ray: remote calls run when they are asked for, and are counted while in flight."""
+
+    def __init__(self) -> None:
+        self.flying = self.most = 0
+
+    def remote(self, function: Any) -> Any:
+        outer = self
+
+        class Remote:
+            @staticmethod
+            def remote(task: Any) -> Any:
+                outer.flying += 1
+                outer.most = max(outer.most, outer.flying)
+                return function, task
+
+        return Remote
+
+    def get(self, call: Any) -> Any:
+        self.flying -= 1
+        return call[0](call[1])
+
+
+def test_results_come_in_order_and_few_tasks_are_in_flight() -> None:
+    ray = Local()
+    taken: list[int] = []
+
+    def tasks() -> Any:
+        for i in range(9):
+            taken.append(i)
+            yield i
+
+    results = RayExecutor(ray, 3).map(lambda x: x * x, tasks())
+    assert next(results) == 0
+    assert len(taken) == 4  # no more than three wait for a worker while the fourth is read
+    assert list(results) == [i * i for i in range(1, 9)]
+    assert ray.most == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_two_workers_give_the_bytes_of_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    tiny.save_model(tmp_path / "m")
+    text = tiny.save_text(tmp_path / "t.txt")
+    jobs: dict[str, dict[str, Any]] = {
+        "svd_llm": {"method": "svd_llm"},
+        "sequential": {"method": "lord", "one_shot": False},
+        "fwsvd": {"method": "fwsvd"},
+        "modegpt": {"method": "modegpt"},
+    }
+    for workers in (None, 2):
+        with executor_for(workers) as executor:
+            for name, job in jobs.items():
+                eckart.compress_to(
+                    tmp_path / f"{name}-{workers}", tmp_path / "m", **job, budget=0.8, data=text, samples=6, length=12,
+                    executor=executor,
+                )  # fmt: skip
+    for name in jobs:
+        assert tiny.hashes(tmp_path / f"{name}-2") == tiny.hashes(tmp_path / f"{name}-None")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_that_fails_on_a_worker_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    model = tiny.build("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with executor_for(1) as executor, pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        eckart.compress(model, "svd", budget=0.8, executor=executor)
