@@ -5,11 +5,11 @@
 float32, random weights. At batch 1 every variant goes through a stack of layers of at least 400 MB, so that weights
 come from memory and not from a cache; at batch 512 arithmetic decides. "dense" is nn.Linear, "eckart" the drop-in of
 `low_rank(rank=..)`, "functions" the same two factors through torch.nn.functional.linear without any module, "columns"
-those with the left factor laid out by columns. The ideal speed-up is dense bytes over factored bytes at batch 1 and the
-ratio of the operations at batch 512, which are the same number. Variants take turns round by round; times are medians,
-speed-ups medians over rounds of the ratio within a round. With one thread CPU seconds are counted, so that waiting for
-a core does not count; with more, seconds on the wall. Peaks are a matrix-vector product of 256 MiB and a product of
-matrices 1536 wide.
+those with the left factor laid out by columns (faster for one vector, slower for two to four). The ideal speed-up is
+dense bytes over factored bytes at batch 1 and the ratio of the operations at batch 512, which are the same number.
+Variants take turns round by round; times are medians, speed-ups medians over rounds of the ratio within a round. With
+one thread CPU seconds are counted, so that waiting for a core does not count; with more, seconds on the wall. Peaks
+are a matrix-vector product of 256 MiB and a product of matrices 1536 wide.
 
 The last tables are of whole models: decoders 2048 and 5632 wide with random weights, tokens per second on the wall.
 """

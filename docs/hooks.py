@@ -56,8 +56,14 @@ def catalogue() -> str:
     for title, words in (("Forms", FORMS), ("Metrics", METRICS), ("Allocators", ALLOCATORS)):
         lines += [f"## {title}", "", "| word | settings | what it is |", "| --- | --- | --- |"]
         for name, cls in sorted(words.words.items()):
-            settings = ", ".join(f"{f.name}={f.default!r}" for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING)  # noqa: E501
-            lines.append(f"| `{name}` | {settings} | {(cls.__doc__ or '').strip().splitlines()[0]} |".replace("||", "&#124;&#124;"))  # noqa: E501
+            settings = ", ".join(
+                f"{f.name}={f.default!r}" for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING
+            )  # noqa: E501
+            lines.append(
+                f"| `{name}` | {settings} | {(cls.__doc__ or '').strip().splitlines()[0]} |".replace(
+                    "||", "&#124;&#124;"
+                )
+            )  # noqa: E501
         lines.append("")
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,29 +84,34 @@ def test_results_come_in_order_and_few_tasks_are_in_flight() -> None:
 def test_two_workers_give_the_bytes_of_one_process(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     tiny.save_model(tmp_path / "m")
+    tiny.save_model(tmp_path / "wide", hidden_size=192, intermediate_size=512)  # whose matrices Ray shares
     text = tiny.save_text(tmp_path / "t.txt")
-    jobs: dict[str, dict[str, Any]] = {
-        "svd_llm": {"method": "svd_llm"},
-        "sequential": {"method": "lord", "one_shot": False},
-        "fwsvd": {"method": "fwsvd"},
-        "modegpt": {"method": "modegpt"},
+    jobs: dict[str, tuple[str, dict[str, Any]]] = {
+        "svd_llm": ("wide", {"method": "svd_llm"}),
+        "sequential": ("m", {"method": "lord", "one_shot": False}),
+        "fwsvd": ("m", {"method": "fwsvd"}),
+        "modegpt": ("m", {"method": "modegpt"}),
     }
     for workers in (None, 2):
         with executor_for(workers) as executor:
-            for name, job in jobs.items():
+            for name, (model, job) in jobs.items():
                 eckart.compress_to(
-                    tmp_path / f"{name}-{workers}", tmp_path / "m", **job, budget=0.8, data=text, samples=6, length=12,
-                    executor=executor,
+                    tmp_path / f"{name}-{workers}", tmp_path / model, **job, budget=0.8, data=text, samples=6,
+                    length=12, executor=executor,
                 )  # fmt: skip
+            if workers:
+                broken = tiny.build("llama")
+                broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+                with pytest.raises(ValueError, match=r"^the weight of model\.layers\.1\.mlp\.up_proj [^\n]*$"):
+                    eckart.compress(broken, "svd", budget=0.8, executor=executor)
     for name in jobs:
         assert tiny.hashes(tmp_path / f"{name}-2") == tiny.hashes(tmp_path / f"{name}-None")
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_a_layer_that_fails_on_a_worker_is_named(tmp_path: Path) -> None:
+def test_the_command_line_with_workers_prints_json_alone(tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    model = tiny.build("llama")
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with executor_for(1) as executor, pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        eckart.compress(model, "svd", budget=0.8, executor=executor)
+    tiny.save_model(tmp_path / "m")
+    done = tiny.eckart("compress", tmp_path / "m", "-o", tmp_path / "out", "-m", "svd", "-b", 0.8, "--data", tiny.save_text(tmp_path / "t.txt"), "--samples", 2, "--length", 8, "--workers", 2, "--json")  # fmt: skip # noqa: E501
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["totals"]["bytes_after"] == tiny.weight_bytes(tmp_path / "out")

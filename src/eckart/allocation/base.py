@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -76,8 +77,9 @@ def as_allocator(allocator: Allocator | str) -> Allocator:
 
 def largest_within(curve: Curve, nbytes: float) -> int:
     """Index of the dearest point that costs at most `nbytes`; the cheapest where none does."""
-    fitting = [i for i, n in enumerate(curve.nbytes) if n <= nbytes]
-    return max(fitting, key=lambda i: (curve.nbytes[i], -curve.errors[i]), default=0)
+    order, costs = curve.by_cost
+    fitting = bisect_right(costs, nbytes)
+    return order[fitting - 1] if fitting else 0
 
 
 def best_share(problem: Problem, choice_at: Callable[[float], dict[str, int]]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eckart.calibration.stream import Stream, single_rows
 from eckart.downloads import Progress
+from eckart.linalg.whitening import all_finite
 from eckart.metrics.statistics import GRADIENT_SUMS, INPUT_SUMS, Statistics
 
 
@@ -53,7 +54,7 @@ class Collector:
                 return self._count(name, module, x)
             leader, _ = self._seen.setdefault(id(x), (name, x))  # keeps x alive, so that its id stays its own
             if self.leaders.setdefault(name, leader) == name:
-                if not bool(torch.isfinite(x).all()):
+                if not all_finite(x):
                     raise ValueError(f"{name} receives NaN or infinite activations: check the model and the data")
                 self.sums.setdefault(name, Statistics()).add_inputs(*self._rows(module, x))
 

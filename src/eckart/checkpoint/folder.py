@@ -19,6 +19,7 @@ from transformers.core_model_loading import WeightRenaming
 from eckart.checkpoint.layout import Layout, file_bytes, layout_of, save_json, save_tensors
 from eckart.checkpoint.reader import WeightReader, read_header
 from eckart.checkpoint.source import Source
+from eckart.linalg.whitening import all_finite
 
 
 class Folder:
@@ -89,7 +90,7 @@ class Folder:
             source = full if full in self.keys else self.tied[full]
             if source not in cache:
                 data = self.read(source)
-                if data.is_floating_point() and not bool(torch.isfinite(data).all()):
+                if data.is_floating_point() and not all_finite(data):
                     raise ValueError(f"{full} holds NaN or infinity: the model in {self.source.folder} is damaged")
                 cache[source] = nn.Parameter(data.float() if data.is_floating_point() else data, requires_grad=False)
             module._parameters[key] = cache[source]

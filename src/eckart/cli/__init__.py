@@ -183,7 +183,9 @@ def evaluate(
             return
     shown = {k: v for k, v in found.to_json().items() if not isinstance(v, dict)}
     rows = [[k.replace("_", " "), number(v) if isinstance(v, float) else str(v)] for k, v in shown.items()]
-    rows += [[f"{t} {k}", number(v) if isinstance(v, float) else str(v)] for t, r in results.items() for k, v in r.items()]  # noqa: E501
+    rows += [
+        [f"{t} {k}", number(v) if isinstance(v, float) else str(v)] for t, r in results.items() for k, v in r.items()
+    ]  # noqa: E501
     out.print(table(f"{model}", ["figure", "value"], [r for r in rows if r[1] != "None"]))
 
 

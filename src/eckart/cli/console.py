@@ -19,7 +19,7 @@ from rich.table import Table
 
 from eckart.allocation import BudgetError
 
-out = Console()
+out = Console() if sys.stdout.isatty() else Console(width=180)  # a file or a pipe has room for whole names
 err = Console(stderr=True)
 
 EXIT_ERROR, EXIT_USAGE, EXIT_BUDGET, EXIT_EXISTS, EXIT_INTERRUPTED = 1, 2, 3, 4, 130

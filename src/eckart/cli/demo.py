@@ -14,7 +14,7 @@ from eckart.compression.card import remember_evaluation
 from eckart.evaluation import Evaluation, Machine, evaluate, heldout_tokens
 from eckart.report import comparison_report, model_report
 
-METHODS = ("svd", "asvd", "svd_llm", "lord", "auto")
+METHODS = ("svd", "svd_llm", "auto")
 HELDOUT = 8
 
 
@@ -54,7 +54,9 @@ def _one(
         target, source, key, budget=budget, samples=samples, statistics=target.parent / "statistics", resume=keep,
         overwrite=True, progress=bars,
     )  # fmt: skip
-    measured = evaluate(target, source.folder, tokens=tokens, text=text, machine=machine, progress=bars)
+    measured = evaluate(
+        target, source.folder, tokens=tokens, text=text, machine=machine, time_original=False, progress=bars
+    )
     remember_evaluation(target, measured.to_json())
     return result, measured
 

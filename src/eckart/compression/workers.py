@@ -37,10 +37,17 @@ class RayExecutor:
         pending: list[Any] = []
         for task in tasks:
             if len(pending) >= self.in_flight:
-                yield ray.get(pending.pop(0))
+                yield self._result(pending.pop(0))
             pending.append(work.remote(task))
         while pending:
-            yield ray.get(pending.pop(0))
+            yield self._result(pending.pop(0))
+
+    def _result(self, call: Any) -> Any:
+        """What a worker returns; what went wrong there is raised here as itself, without Ray's story around it."""
+        try:
+            return self.ray.get(call)
+        except Exception as e:
+            raise getattr(e, "cause", None) or e from None
 
 
 @contextmanager
@@ -52,14 +59,14 @@ def executor_for(workers: str | int | None) -> Iterator[Executor]:
     if workers is None:
         yield Serial()
         return
-    try:
-        import ray
-    except ImportError as e:
-        raise ImportError("workers need Ray: pip install 'eckart[ray]'") from e
     text = str(workers)
     count = int(text) if text.isdigit() else None
     if (count is not None and count < 1) or (count is None and ":" not in text and text != "auto"):
         raise ValueError(f"cannot read --workers {text!r}: give a number of at least 1, or a cluster's address")
+    try:
+        import ray
+    except ImportError as e:
+        raise ImportError("workers need Ray: pip install 'eckart[ray]'") from e
     options: dict[str, Any] = {"num_cpus": count} if count is not None else {"address": text}
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
     try:

@@ -75,6 +75,7 @@ def evaluate(
     text: str = "",
     batch_size: int = 4,
     speed: bool = True,
+    time_original: bool = True,
     machine: Machine | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
@@ -87,6 +88,7 @@ def evaluate(
         tokens: held-out windows; the first of them is the prompt of the timing.
         text: what the tokens are, for the record.
         speed: whether to time the models and to measure the peak of memory.
+        time_original: whether to time `against`, too.
         machine: the machine's peaks, where they are known already.
         dtype: type to load folders in; float32 on a CPU, where narrower types are slower, and as stored elsewhere.
         device: where to load folders.
@@ -115,7 +117,7 @@ def evaluate(
         own = both.compressed
         quality = {"perplexity_original": both.original.value, "kl": both.kl, "top1_agreement": both.top1}
         original = {"perplexity": both.original.value, "bytes_disk": other_disk, "bytes_memory": model_bytes(other)}
-        if speed:
+        if speed and time_original:
             original |= _figures(measure_speed(other, prompt, progress=progress), machine)
     return Evaluation(
         perplexity=own.value,

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -76,6 +77,12 @@ class Curve:
 
     def __len__(self) -> int:
         return len(self.forms)
+
+    @cached_property
+    def by_cost(self) -> tuple[list[int], list[int]]:
+        """The points by bytes, of equally dear ones the best last; and those bytes."""
+        order = sorted(range(len(self)), key=lambda i: (self.nbytes[i], -self.errors[i], -i))
+        return order, [self.nbytes[i] for i in order]
 
 
 @dataclass(frozen=True)
