@@ -1,4 +1,4 @@
-"""Pages that are made from the code each time the docs are built, so that they cannot drift: the catalogue, the rooms."""
+"""Pages that are made from the code each time the docs are built: the catalogue and the rooms."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def catalogue() -> str:
         for name, cls in sorted(words.words.items()):
             settings = ", ".join(
                 f"{f.name}={f.default!r}" for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING
-            )  # noqa: E501
+            )
             lines.append(
                 f"| `{name}` | {settings} | {(cls.__doc__ or '').strip().splitlines()[0]} |".replace(
                     "||", "&#124;&#124;"
                 )
-            )  # noqa: E501
+            )
         lines.append("")
     return "\n".join(lines)
 

@@ -185,7 +185,7 @@ def evaluate(
     rows = [[k.replace("_", " "), number(v) if isinstance(v, float) else str(v)] for k, v in shown.items()]
     rows += [
         [f"{t} {k}", number(v) if isinstance(v, float) else str(v)] for t, r in results.items() for k, v in r.items()
-    ]  # noqa: E501
+    ]
     out.print(table(f"{model}", ["figure", "value"], [r for r in rows if r[1] != "None"]))
 
 
