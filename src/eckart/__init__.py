@@ -4,6 +4,12 @@ A big matrix is written as an expression of cheap ones, fitted against an error 
 the whole model. Importing this package lets transformers load what it saved.
 """
 
+import os
+
+# Threads that spin while they wait make small solves five times slower where another process wants the core; this is
+# read when torch is first loaded, and a value that the user has set stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 __version__ = "0.1.0"
 
 from eckart.checkpoint.hf import EckartConfig

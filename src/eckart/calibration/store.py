@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +32,7 @@ class StatisticsStore:
     def __init__(self, folder: Path, gradients: str = "gradients"):
         self.folder, self.gradients = folder, gradients
         folder.mkdir(parents=True, exist_ok=True)
-        self._cached: dict[str, tuple[Path, dict[str, Statistics], dict[str, str]]] = {}
+        self._cached: dict[str, tuple[Path, Contents]] = {}
 
     def path(self, index: int, part: str = "inputs") -> Path:
         return self.folder / (f"{part}-outside.safetensors" if index == OUTSIDE else f"{part}-{index:04d}.safetensors")
@@ -43,17 +44,17 @@ class StatisticsStore:
         """Whether these sums were collected for these layers of a block."""
         if not self.has(index, part):
             return False
-        sums, leaders = self._load(index, part)
-        have = {n: sums[leader].sums.keys() for n, leader in leaders.items()}
+        found = self._contents(index, part)
+        have = {n: found.sums[leader] for n, leader in found.leaders.items()}
         return all(n in have and ("counts" in have[n] or set(needs) <= have[n]) for n in names)
 
     def joined(self, index: int, needs: Iterable[str], names: Iterable[str], part: str = "inputs") -> tuple[frozenset[str], list[str]]:  # fmt: skip # noqa: E501
         """These sums and layers, and those of the record that a new one will replace."""
         if not self.has(index, part):
             return frozenset(needs), list(names)
-        sums, leaders = self._load(index, part)
-        there = (sums[leader].sums for leader in leaders.values())
-        return frozenset(needs).union(*there), list(dict.fromkeys([*leaders, *names]))
+        found = self._contents(index, part)
+        there = (found.sums[leader] for leader in found.leaders.values())
+        return frozenset(needs).union(*there), list(dict.fromkeys([*found.leaders, *names]))
 
     def save(self, index: int, sums: Mapping[str, Statistics], leaders: Mapping[str, str], part: str = "inputs") -> None:  # fmt: skip # noqa: E501
         """Write the record of one block, whole or not at all."""
@@ -62,34 +63,46 @@ class StatisticsStore:
             save_file(tensors, temporary, metadata={"leaders": json.dumps(dict(leaders))})
         self._cached.pop(part, None)
 
-    def _load(self, index: int, part: str = "inputs") -> tuple[dict[str, Statistics], dict[str, str]]:
+    def _contents(self, index: int, part: str) -> Contents:
         path = self.path(index, part)
         if part not in self._cached or self._cached[part][0] != path:
-            self._cached[part] = (path, *_read(path))
-        return self._cached[part][1], self._cached[part][2]
+            with _opened(path) as f:
+                sums: dict[str, set[str]] = {}
+                for key in f.keys():  # noqa: SIM118
+                    name, _, what = key.rpartition("|")
+                    sums.setdefault(name, set()).add(what)
+                self._cached[part] = (path, Contents(sums, json.loads((f.metadata() or {}).get("leaders", "{}"))))
+        return self._cached[part][1]
 
     def of(self, name: str, index: int) -> Statistics:
-        """Everything known of one layer; empty where nothing is."""
+        """Everything known of one layer, read anew; empty where nothing is."""
         found = Statistics()
         for part in (self.gradients, "inputs"):
-            if self.has(index, part):
-                sums, leaders = self._load(index, part)
-                found.sums.update(sums.get(leaders.get(name, name), Statistics()).sums)
+            if not self.has(index, part):
+                continue
+            contents = self._contents(index, part)
+            leader = contents.leaders.get(name, name)
+            with _opened(self.path(index, part)) as f:
+                for what in sorted(contents.sums.get(leader, ())):
+                    # a copy is aligned alike wherever it lay in the file, and so are the last bits of its products
+                    found.sums[what] = f.get_tensor(f"{leader}|{what}").clone()
         return found
 
 
-def _read(path: Path) -> tuple[dict[str, Statistics], dict[str, str]]:
-    sums: dict[str, Statistics] = {}
+class Contents(NamedTuple):
+    """What a file holds: the names of the sums of every leader, and who leads whom."""
+
+    sums: dict[str, set[str]]
+    leaders: dict[str, str]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as f:
-            leaders = json.loads((f.metadata() or {}).get("leaders", "{}"))
-            for key in f.keys():  # noqa: SIM118
-                name, _, what = key.rpartition("|")
-                # a copy is aligned alike wherever it lay in the file, and so are the last bits of its products
-                sums.setdefault(name, Statistics()).sums[what] = f.get_tensor(key).clone()
+            yield f
     except (SafetensorError, ValueError) as e:
         raise ValueError(f"the statistics in {path} are damaged ({e}): delete the file") from e
-    return sums, leaders
 
 
 def fingerprint(batches: Sequence[Mapping[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import platform
@@ -35,6 +36,9 @@ from eckart.compression.recipe import Method
 from eckart.compression.result import Result
 from eckart.compression.solve import Executor
 from eckart.downloads import Progress, silent
+
+M_MMAP_THRESHOLD = -3
+"""glibc's number for the size from which memory is mapped for one allocation, and unmapped when that is freed."""
 
 
 class Disk(Persistence):
@@ -108,7 +112,9 @@ def compress_folder(
     target = out.resolve()
     if target == source.folder.resolve():
         raise ValueError(f"{out} is the folder of the model itself: choose another one")
+    give_back_from(1 << 17)  # all weights that making the skeleton allocates for a moment
     folder = Folder(source)
+    give_back_from(1 << 22)  # mapping costs time, too
     made: dict[str, Any] = {"seed": seed, "executor": executor, "progress": progress}
     made["statistics"] = None if statistics is None else statistics / source_print(source)
     if dry_run:
@@ -146,6 +152,13 @@ def compress_folder(
     (place.work / "run.json").replace(target.with_name(target.name + ".run.json"))
     place.leave()
     return result
+
+
+def give_back_from(size: int) -> None:
+    """Let glibc give freed tensors of this many bytes back at once, instead of keeping ever more of them in pieces."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, size)
 
 
 def _existing(folder: Path) -> Path:

@@ -194,7 +194,7 @@ class Recipe(Method):
             staying += [self._layer(job, n, part, f"left dense: {why}") for n, why in reasons.items() if why]
             names = [name for name, why in reasons.items() if not why]
             with job.subject.loaded(*names):
-                tasks = [self._task(job, name, part, str(self.form_of(job.model, name))) for name in names]
+                tasks = (self._task(job, name, part, str(self.form_of(job.model, name))) for name in names)
                 for name, (found, note) in zip(names, job.executor.map(curve, tasks), strict=True):
                     curves[name] = self._with_bias(job, name, found)
                     layers[name] = self._layer(job, name, part, note)
@@ -299,7 +299,7 @@ class Recipe(Method):
     def rewrite(self, job: Job, plan: Plan, part: int) -> list[Layer]:
         layers = plan.of(part)
         fitted = [layer for layer in layers if not isinstance(parse(layer.form), Dense)]
-        tasks = [self._task(job, layer.name, part, layer.form) for layer in fitted]
+        tasks = (self._task(job, layer.name, part, layer.form) for layer in fitted)
         done = {layer.name: layer.measured(0.0) for layer in layers}
         for layer, result in zip(fitted, job.executor.map(fit, tasks), strict=True):
             module = job.model.get_submodule(layer.name)

@@ -130,14 +130,25 @@ def psd_root(
         return EigenRoot(Q[:, keep], values[keep])
     tried = damping
     while tried < 1.0:
-        S, info = torch.linalg.cholesky_ex(_shifted(C, tried * scale))
-        if int(info) == 0:
+        S, info = _cholesky(C, tried * scale)
+        if info == 0:
             if tried > damping:
                 text = f"the covariance{' of ' + name if name else ''} is rank-deficient"
                 warnings.warn(f"{text}: damped by {tried:.0e} of its mean diagonal", Damped, stacklevel=2)
             return TriangularRoot(S)
         tried = max(tried * 10, 1e-12)
     raise ValueError(f"the covariance{' of ' + name if name else ''} is not positive semi-definite (even damped by 1)")
+
+
+def _cholesky(C: Float[Tensor, "n n"], shift: float) -> tuple[Float[Tensor, "n n"], int]:
+    """The lower Cholesky factor of C + shift * I, and 0 where there is one."""
+    diagonal = C.diagonal().clone()
+    C.diagonal().add_(shift)  # and taken back: wide ones are a large part of all memory, and a copy would double them
+    try:
+        S, info = torch.linalg.cholesky_ex(C)
+    finally:
+        C.diagonal().copy_(diagonal)
+    return S, int(info)
 
 
 def _shifted(C: Float[Tensor, "n n"], by: float) -> Float[Tensor, "n n"]:

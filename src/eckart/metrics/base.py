@@ -53,7 +53,7 @@ def covariance(statistics: Statistics, centred: bool, where: str) -> tuple[Tenso
 
     Inputs that do not vary beyond the rounding of their float32 products have a covariance of zero.
     """
-    second = statistics.mean("outer", where).double()
+    second = statistics.mean("outer", where, torch.float64)
     if not centred:
         return second, None
     mean = statistics.mean("x", where).double()

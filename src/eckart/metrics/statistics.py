@@ -97,12 +97,13 @@ class Statistics:
             self.sums[name] = self.sums[name].clone()  # layers that read one tensor share its sums
             torch.distributed.all_reduce(self.sums[name])
 
-    def mean(self, name: str, where: str = "") -> Tensor:
+    def mean(self, name: str, where: str = "", dtype: torch.dtype | None = None) -> Tensor:
         """The sum called `name`, divided by what it counts. Raises `ValueError` that says what was not collected."""
         counter = {"grad_outer": "grad_tokens", "fisher_in": "examples", "fisher_out": "examples"}.get(name, "tokens")
         if name not in self.sums or counter not in self.sums or float(self.sums[counter]) == 0:
             raise ValueError(f"{where or 'a layer'} has no statistics {name!r}: calibrate on data that reaches it")
-        return self.sums[name] / self.sums[counter].to(self.sums[name].dtype)
+        found = torch.empty_like(self.sums[name], dtype=dtype).copy_(self.sums[name])
+        return found.div_(self.sums[counter].to(found.dtype))
 
     @property
     def tokens(self) -> int:
