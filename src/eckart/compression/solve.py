@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -63,9 +64,24 @@ class Fitted:
     note: str | None
 
 
+SMALL = 1024
+"""Matrices whose smaller side is at most this are worked on by one thread: more are slower on a busy machine."""
+
+
+@contextmanager
+def threads_for(matrix: Float[Tensor, "out in"]) -> Iterator[None]:
+    """Within the context, torch uses as many threads as pay for a matrix of this shape."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if min(matrix.shape, default=0) <= SMALL else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def curve(task: Task) -> tuple[Curve, str | None]:
     """The curve of an open form on one matrix, its last point the matrix left dense; and a note."""
-    with noting() as notes:
+    with threads_for(task.matrix), noting() as notes:
         check_finite(task.matrix, f"the weight of {task.name}")
         weighting = task.metric.weighting(task.statistics, task.name)
         found = parse(task.form).curve(task.matrix, weighting, task.dtype)
@@ -83,15 +99,17 @@ def curve(task: Task) -> tuple[Curve, str | None]:
 
 def fit(task: Task) -> Fitted:
     """A closed form fitted to one matrix."""
-    with noting() as notes:
+    with threads_for(task.matrix), noting() as notes:
         check_finite(task.matrix, f"the weight of {task.name}")
         weighting = task.metric.weighting(task.statistics, task.name)
         module = parse(task.form).fit(task.matrix, weighting, dtype=task.dtype)
     if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
         raise ValueError(f"{task.name}: the factors of {task.form} do not fit into {task.dtype}: keep the layer dense")
     difference = task.matrix - module.dense().detach().to(task.matrix.dtype)
+    with threads_for(task.matrix):
+        error = weighting.norm2(difference)
     shift = None if weighting.mean is None else (difference.double() @ weighting.mean).float()
-    return Fitted(module, shift, weighting.norm2(difference), notes.text)
+    return Fitted(module, shift, error, notes.text)
 
 
 class noting:
