@@ -114,7 +114,7 @@ def compress_folder(
         raise ValueError(f"{out} is the folder of the model itself: choose another one")
     give_back_from(1 << 17)  # all weights that making the skeleton allocates for a moment
     folder = Folder(source)
-    give_back_from(1 << 17)  # mapping costs time, too
+    give_back_from(1 << 20)  # mapping costs time, too
     made: dict[str, Any] = {"seed": seed, "executor": executor, "progress": progress}
     made["statistics"] = None if statistics is None else statistics / source_print(source)
     if dry_run:
