@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import importlib.util
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -323,3 +326,32 @@ def test_a_read_only_target(made: Any, compress: Compress, mount: Callable[[str]
         with pytest.raises(OSError, match="Read-only file system"):
             compress(made(), "svd", budget=0.8, out=out, overwrite=overwrite)
     assert tiny.hashes(folder) == before
+
+
+def benchmark(name: str) -> Any:
+    """A module of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a torch with CUDA is itself larger than the limit")
+def test_a_model_larger_than_memory(tmp_path: Path) -> None:
+    """Held by the kernel to 0.76 of the model's float32 bytes, of which Python and torch take more than half."""
+    bench = benchmark("larger_than_memory")
+    size = dataclasses.replace(bench.SMALL, blocks=32)
+    figures = bench.measure(tmp_path, size, size.limit, "svd_llm")
+    assert figures["exit code"] == 0, figures["said"]
+    assert figures["model in float32"] > 1.3 * size.limit
+    assert figures["peak resident"] < size.limit
+    assert 0 < figures["result on disk"] <= 0.95 * figures["model on disk"]
+    load = (
+        "from transformers import AutoModelForCausalLM as A; import torch; A.from_pretrained({!r}, dtype=torch.float32)"  # noqa: E501
+    )
+    code, *_ = bench.run_limited([sys.executable, "-c", load.format(str(tmp_path / "model"))], size.limit)
+    assert code != 0
