@@ -351,7 +351,7 @@ def test_a_model_larger_than_memory(tmp_path: Path) -> None:
     assert figures["peak resident"] < size.limit
     assert 0 < figures["result on disk"] <= 0.95 * figures["model on disk"]
     load = (
-        "from transformers import AutoModelForCausalLM as A; import torch; A.from_pretrained({!r}, dtype=torch.float32)"  # noqa: E501
+        "from transformers import AutoModelForCausalLM as A; import torch; A.from_pretrained({!r}, dtype=torch.float32)"
     )
     code, *_ = bench.run_limited([sys.executable, "-c", load.format(str(tmp_path / "model"))], size.limit)
     assert code != 0
