@@ -33,6 +33,11 @@ MORE: dict[str, list[str]] = {
 }
 
 
+def quick(*names: str, slow: tuple[str, ...]) -> list[Any]:
+    """Names to try always, and those to try where there is time."""
+    return [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
+
+
 class Case:
     """A folder with a model, a text, and what an untouched run makes of them."""
 
@@ -56,7 +61,7 @@ class Case:
         return {p.name for p in self.folder.iterdir()} - {"m", "t.txt", "log.txt", "untouched", "untouched.run.json"}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", quick("sequential", slow=("one-shot", "gradients")))
 def test_killed_five_times_and_resumed_it_ends_with_the_same_bytes(recipe: str, tmp_path: Path) -> None:
     case = Case(tmp_path, RECIPES[recipe])
     expected, steps = case.untouched()
@@ -103,7 +108,7 @@ def test_what_is_overwritten_stays_until_the_new_one_is_whole(tmp_path: Path) ->
     expected, _ = case.untouched()
     old = {"notes.txt": "kept"}
     steps = _with_old(case, old).steps
-    for at in range(steps - 24, steps + 1, 6):
+    for at in range(steps - 24, steps + 1, 8):
         _make(tmp_path / "out", old)
         killed = case.run("out", "--overwrite", kill_at=at)
         assert killed.code == -signal.SIGKILL
@@ -150,6 +155,20 @@ def test_an_unfinished_run_is_neither_lost_nor_mixed_with_another(tmp_path: Path
     tiny.save_text(tmp_path / "t.txt")
     assert tiny.hashes(tmp_path / "out.partial") == unfinished
     assert case.run("out", "--resume").code == 0
+    assert tiny.hashes(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("recipe", quick("one-shot", slow=("gradients", "sequential-gradients", "width")))
+def test_statistics_that_are_gone_are_collected_again(recipe: str, tmp_path: Path) -> None:
+    """A run that kept them in a folder of its own goes on without that folder."""
+    case = Case(tmp_path, (RECIPES | MORE)[recipe])
+    expected, steps = case.untouched()
+    killed = case.run("out", "--statistics", tmp_path / "statistics", kill_at=7 * steps // 10)
+    assert killed.code == -signal.SIGKILL
+    assert (tmp_path / "out.partial" / "part-00000.json").exists()
+    shutil.rmtree(tmp_path / "statistics")
+    finished = case.run("out", "--resume")
+    assert finished.code == 0, finished.printed
     assert tiny.hashes(tmp_path / "out") == expected
 
 

@@ -51,13 +51,9 @@ def calibrate(stream: Stream, request: Request, store: StatisticsStore, *, seed:
 
     Returns the influence of the blocks, where asked for. The stream must have been started.
     """
-    total = len(stream.blocks)
-    inputs, slopes = request.needs & INPUT_SUMS, request.needs & GRADIENT_SUMS
-    known = [store.covers(i, inputs, request.probes.get(i, ())) for i in range(total)]
-    wants_outside = bool(request.probes.get(OUTSIDE)) and not store.covers(OUTSIDE, inputs, request.probes[OUTSIDE])
-    wants_gradients = request.gradients and not all(
-        store.covers(i, slopes, request.probes.get(i, ()), store.gradients) for i in range(total)
-    )
+    total, slopes = len(stream.blocks), request.needs & GRADIENT_SUMS
+    known, outside, gradients = _covered(request, store, total)
+    wants_outside, wants_gradients = not outside, not gradients
     if not all(known) or wants_outside or wants_gradients:
         for i in range(_resume_at(stream, known, wants_gradients), total):
             _one_block(stream, request, store, i, collect=not known[i])
@@ -76,7 +72,23 @@ def calibrate(stream: Stream, request: Request, store: StatisticsStore, *, seed:
             store.save(i, sums, {name: name for name in sums}, store.gradients)
     for i in range(1, total + 1):
         stream.hidden(i).path.unlink(missing_ok=True)
-    return _influence(store, total) if request.influence else []
+    return influence(store, total) if request.influence else []
+
+
+def covered(request: Request, store: StatisticsStore, total: int) -> bool:
+    """Whether a store holds all that is asked for of a model with so many blocks."""
+    known, outside, gradients = _covered(request, store, total)
+    return all(known) and outside and gradients
+
+
+def _covered(request: Request, store: StatisticsStore, total: int) -> tuple[list[bool], bool, bool]:
+    """The same for every block's inputs, for the inputs outside the blocks, and for gradients."""
+    inputs, slopes = request.needs & INPUT_SUMS, request.needs & GRADIENT_SUMS
+    probes = [request.probes.get(i, ()) for i in range(total)]
+    known = [store.covers(i, inputs, names) for i, names in enumerate(probes)]
+    outside = request.probes.get(OUTSIDE, ())
+    slopes_known = (store.covers(i, slopes, names, store.gradients) for i, names in enumerate(probes))
+    return known, not outside or store.covers(OUTSIDE, inputs, outside), not slopes or all(slopes_known)
 
 
 def _resume_at(stream: Stream, known: list[bool], all_needed: bool) -> int:
@@ -112,7 +124,8 @@ def _cosine_sum(into: Statistics, stream: Stream) -> Callable[[int, Tensor, Tens
     return add
 
 
-def _influence(store: StatisticsStore, total: int) -> list[float]:
+def influence(store: StatisticsStore, total: int) -> list[float]:
+    """1 - mean cosine between what enters and what leaves each of `total` blocks."""
     return [1.0 - float(store.of("influence", i).mean("x")) for i in range(total)]
 
 

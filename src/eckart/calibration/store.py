@@ -45,7 +45,7 @@ class StatisticsStore:
         if not self.has(index, part):
             return False
         found = self._contents(index, part)
-        have = {n: found.sums[leader] for n, leader in found.leaders.items()}
+        have = {n: found.sums.get(leader, set()) for n, leader in found.leaders.items()}
         return all(n in have and ("counts" in have[n] or set(needs) <= have[n]) for n in names)
 
     def joined(self, index: int, needs: Iterable[str], names: Iterable[str], part: str = "inputs") -> tuple[frozenset[str], list[str]]:  # fmt: skip # noqa: E501
@@ -53,7 +53,7 @@ class StatisticsStore:
         if not self.has(index, part):
             return frozenset(needs), list(names)
         found = self._contents(index, part)
-        there = (found.sums[leader] for leader in found.leaders.values())
+        there = (found.sums.get(leader, set()) for leader in found.leaders.values())
         return frozenset(needs).union(*there), list(dict.fromkeys([*found.leaders, *names]))
 
     def save(self, index: int, sums: Mapping[str, Statistics], leaders: Mapping[str, str], part: str = "inputs") -> None:  # fmt: skip # noqa: E501

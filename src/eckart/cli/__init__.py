@@ -82,8 +82,12 @@ def compress(
     batch_size: Annotated[int, typer.Option(help="Windows in a batch.", min=1)] = 4,
     seed: SeedOption = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR, once the new one is whole.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DIR, once the new one is whole, and an unfinished run.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop; keep nothing but --statistics.")
+    ] = False,
     statistics: Annotated[
         Path | None, typer.Option(help="Folder that keeps calibration statistics for other runs.")
     ] = None,

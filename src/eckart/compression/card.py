@@ -8,6 +8,7 @@ from typing import Any
 from eckart.checkpoint.layout import save_json
 from eckart.checkpoint.source import Source
 from eckart.compression.result import Result
+from eckart.files import whole
 
 LOAD = """```python
 import eckart
@@ -55,7 +56,8 @@ def remember_evaluation(folder: Path, found: dict[str, Any]) -> None:
     before, begin, rest = card.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if begin and end:
-        card.write_text(f"{before}{BEGIN}\n{_evaluation(found)}\n{END}{after}", encoding="utf-8")
+        with whole(card) as temporary:
+            temporary.write_text(f"{before}{BEGIN}\n{_evaluation(found)}\n{END}{after}", encoding="utf-8")
 
 
 def _evaluation(found: dict[str, Any]) -> str:

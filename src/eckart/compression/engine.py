@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from eckart.allocation import Budget
-from eckart.calibration.calibrate import calibrate
+from eckart.calibration.calibrate import calibrate, covered, influence
 from eckart.calibration.collect import Collector
 from eckart.calibration.store import OUTSIDE, StatisticsStore, fingerprint
 from eckart.calibration.stream import Batch, Stream
@@ -84,7 +84,7 @@ class Engine:
         kept = statistics / fingerprint(self.batches) if statistics else work / "statistics"
         self.store = StatisticsStore(kept, self.request.gradient_files(seed))
         self.seconds: dict[str, float] = {}
-        self.stream: Stream | None = None
+        self.streams: dict[str, Stream] = {}
         self.job = Job(
             subject=subject, blocks=self.blocks, budget=budget, statistics=self.store.of, influence=[],
             layouts=part_layouts(subject, self.blocks), executor=executor or Serial(), progress=progress, seed=seed,
@@ -106,13 +106,11 @@ class Engine:
         """Calibrate where the method needs it, and decide. Nothing of the model is changed."""
         found = self.persistence.load_plan()
         if found is not None:
+            if not self.method.sequential or self.request.gradients:
+                self._calibrate("again")  # does nothing, unless the statistics were removed since
             self.job.influence = found[1]
             return found[0]
-        if self.request.any:
-            with self._timed("calibrate"):
-                self.job.influence = calibrate(
-                    self._started(), self.request, self.store, seed=self.seed, progress=self.progress
-                )
+        self._calibrate("hidden")
         with self._timed("plan"), torch.no_grad():
             plan = self.method.plan(self.job)
         plan.peak_memory = self._peak_memory()
@@ -120,6 +118,13 @@ class Engine:
             plan.seconds += 2 * self.seconds.get("calibrate", 0.0)
         self.persistence.save_plan(plan, self.job.influence)
         return plan
+
+    def _calibrate(self, folder: str) -> None:
+        total = len(self.blocks)
+        if self.request.any and not covered(self.request, self.store, total):
+            with self._timed("calibrate"):
+                calibrate(self._stream(folder), self.request, self.store, seed=self.seed, progress=self.progress)
+        self.job.influence = influence(self.store, total) if self.request.influence else []
 
     def fit(self, plan: Plan) -> Run:
         """Change the model, part by part, as planned."""
@@ -147,12 +152,12 @@ class Engine:
                 self._advance(part)
             self.persistence.finish_part(part, layers)
         if sequential and part > 0:
-            self._started().hidden(part).path.unlink(missing_ok=True)
+            self._stream("hidden").hidden(part).path.unlink(missing_ok=True)
         return layers
 
     def _collect(self, part: int) -> None:
         """Statistics of a block as it is, on what the compressed blocks before it put out."""
-        stream = self._started()
+        stream = self._stream("hidden")
         collector = Collector(self.request.needs)
         with collector.hooked(self.model, self.request.probes.get(part, [])):
             stream.advance(part, before=lambda b: collector.next_batch(stream.mask(b)), write=False)
@@ -171,19 +176,21 @@ class Engine:
         block = self.model.get_submodule(self.blocks[part])
         stored = {k: p.dtype for k, p in block.named_parameters()}
         block.float()
-        self._started().advance(part)
+        self._stream("hidden").advance(part)
         for name, parameter in block.named_parameters():
             parameter.data = parameter.data.to(stored[name])
 
-    def _started(self) -> Stream:
-        if self.stream is None:
+    def _stream(self, name: str) -> Stream:
+        """A stream that has been started, its hidden states in a folder of that name."""
+        if name not in self.streams:
             if not self.batches:
                 raise ValueError(f"{self.method.key or 'this method'} needs calibration data: give texts or batches")
-            folder = self.work / "hidden"
+            folder = self.work / name
             folder.mkdir(parents=True, exist_ok=True)
-            self.stream = Stream(self.subject, self.batches, folder, self.blocks)
-            self.stream.start()
-        return self.stream
+            stream = Stream(self.subject, self.batches, folder, self.blocks)
+            stream.start()
+            self.streams[name] = stream
+        return self.streams[name]
 
     def _peak_memory(self) -> int:
         """The largest part in float32, with the sums over its inputs."""

@@ -136,6 +136,7 @@ def psd_root(
                 text = f"the covariance{' of ' + name if name else ''} is rank-deficient"
                 warnings.warn(f"{text}: damped by {tried:.0e} of its mean diagonal", Damped, stacklevel=2)
             return TriangularRoot(S)
+        del S  # before the next one is made
         tried = max(tried * 10, 1e-12)
     raise ValueError(f"the covariance{' of ' + name if name else ''} is not positive semi-definite (even damped by 1)")
 
