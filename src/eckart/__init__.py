@@ -13,8 +13,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __version__ = "0.1.0"
 
 from eckart.checkpoint.hf import EckartConfig
-from eckart.compression import Compressed, Result, compress, compress_to
+from eckart.compression import Compressed, compress, compress_to
 from eckart.forms import Dense, Diagonal, Form, LowRank, Product, Sum, densify, parse
+from eckart.jobs import Result
 from eckart.metrics import (
     ActivationDiagonal,
     FisherRows,

@@ -6,7 +6,9 @@ The registry feeds `eckart methods`, the command line's help, the docs' tables a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,6 +37,12 @@ class Entry:
 
 
 _ENTRIES: dict[str, Entry] = {}
+
+
+def discover(package: str, path: Iterable[str]) -> None:
+    """Import every module of a package, so that what they hold registers itself: a new file needs no list."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")
 
 
 def method(key: str, *, family: str, paper: str) -> Callable[[T], T]:

@@ -16,8 +16,8 @@ from eckart.calibration.collect import collect_gradients
 from eckart.calibration.store import OUTSIDE, StatisticsStore, fingerprint
 from eckart.calibration.stream import Stream, single_rows
 from eckart.calibration.subject import InMemory
-from eckart.compression import Recipe
 from eckart.downloads import silent
+from eckart.jobs import Recipe
 from eckart.metrics import Statistics
 from eckart.metrics.statistics import GRADIENT_SUMS
 

@@ -14,8 +14,8 @@ from eckart.calibration.store import OUTSIDE, StatisticsStore
 from eckart.calibration.stream import Stream
 from eckart.calibration.subject import InMemory
 from eckart.calibration.tokens import Tokens
-from eckart.compression import Recipe
 from eckart.downloads import silent
+from eckart.jobs import Recipe
 from eckart.metrics import Statistics
 from eckart.metrics.statistics import GRADIENT_SUMS, INPUT_SUMS
 

@@ -15,9 +15,9 @@ from eckart.calibration.calibrate import Request, calibrate
 from eckart.calibration.store import OUTSIDE, StatisticsStore
 from eckart.calibration.stream import Stream, single_rows
 from eckart.calibration.subject import InMemory
-from eckart.compression import Recipe
-from eckart.compression.engine import Engine
 from eckart.downloads import silent
+from eckart.jobs import Recipe
+from eckart.jobs.engine import Engine
 from eckart.metrics import InputCovariance, Statistics
 from eckart.metrics.statistics import INPUT_SUMS
 

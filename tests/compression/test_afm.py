@@ -20,9 +20,9 @@ from eckart.allocation import BudgetError
 from eckart.calibration.collect import Collector
 from eckart.calibration.subject import block_names
 from eckart.checkpoint.layout import METADATA
-from eckart.compression import AFM, LoRD
-from eckart.compression.afm import activate
+from eckart.compression.afm import AFM, activate
 from eckart.compression.fusion import fuse
+from eckart.compression.lord import LoRD
 from eckart.forms import LowRank
 from eckart.forms.layers import FactoredEmbedding, FactoredLinear
 from eckart.linalg.whitening import Damped

@@ -19,12 +19,12 @@ from eckart.allocation import Budget, BudgetError
 from eckart.allocation.entropy import sparsities
 from eckart.anatomy import Attention, Block, UnknownModel, anatomy
 from eckart.calibration.subject import InMemory
-from eckart.compression import MoDeGPT
-from eckart.compression.engine import Engine
+from eckart.compression.modegpt import MoDeGPT
 from eckart.compression.narrowing import Widths
-from eckart.compression.plan import Plan
 from eckart.forms import parse
 from eckart.forms.layers import matrix_of
+from eckart.jobs.engine import Engine
+from eckart.jobs.plan import Plan
 
 VOCABULARY = 40
 CORE: dict[str, Any] = {

@@ -16,10 +16,10 @@ from eckart.calibration.stream import Stream
 from eckart.calibration.subject import InMemory
 from eckart.calibration.tokens import Tokens
 from eckart.checkpoint.source import Source, resolve
-from eckart.compression import Recipe
 from eckart.evaluation import evaluate, heldout_tokens
 from eckart.forms import LowRank
 from eckart.forms.layers import matrix_of
+from eckart.jobs import Recipe
 from eckart.linalg.weighting import Weighting
 from eckart.metrics import ActivationDiagonal, InputCovariance, Metric, OutputCovariance, Plain, Statistics
 

@@ -22,12 +22,12 @@ from eckart.allocation import Budget, BudgetError
 from eckart.calibration.calibrate import Request
 from eckart.calibration.subject import InMemory
 from eckart.checkpoint.hf import EckartConfig, describe, install
-from eckart.compression.engine import Engine
-from eckart.compression.recipe import Job
 from eckart.compression.residual_stream import Point, ResidualStream
 from eckart.compression.slicegpt import SliceGPT
-from eckart.compression.trial import Trial
 from eckart.forms.residual import ResidualWriter, StreamNorm
+from eckart.jobs.engine import Engine
+from eckart.jobs.recipe import Job
+from eckart.jobs.trial import Trial
 from eckart.metrics import Statistics
 
 D, VOCABULARY, DEPTH = 32, 60, 2

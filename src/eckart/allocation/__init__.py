@@ -6,6 +6,9 @@ from eckart.allocation.entropy import Entropy
 from eckart.allocation.optimal import Optimal
 from eckart.allocation.spectrum_threshold import SpectrumThreshold
 from eckart.allocation.uniform import Uniform
+from eckart.registry import discover
+
+discover(__name__, __path__)
 
 __all__ = [
     "ALLOCATORS",

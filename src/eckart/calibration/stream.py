@@ -21,6 +21,9 @@ from eckart.files import whole
 
 Batch = dict[str, Any]
 
+PRECISION = "medium"
+"""Of float32 products while a model is calibrated; see `torch.set_float32_matmul_precision`."""
+
 
 class HiddenStates:
     """Rows of one float32 array (samples, length, width) in a file, read and written batch by batch."""
@@ -221,6 +224,20 @@ class Stream:
         if mask is None or mask.dim() != 2 or bool(mask.all()):
             return None
         return mask.bool()
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Within the context, float32 products may round their factors to bfloat16 where the hardware is faster at it.
+
+    Sums stay in float32, so that a Gram matrix is that of slightly rounded inputs and stays positive semi-definite.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(PRECISION)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _uncached(kwargs: dict[str, Any]) -> dict[str, Any]:

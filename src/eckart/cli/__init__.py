@@ -96,7 +96,7 @@ def compress(
 ) -> None:
     """Compress MODEL into DIR under a byte budget."""
     from eckart.compression import compress_to
-    from eckart.compression.workers import executor_for
+    from eckart.jobs.workers import executor_for
 
     with acting(as_json):
         with Bars() as bars, executor_for(workers) as executor:
@@ -171,9 +171,9 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity, agreement with the original, speed and size on held-out text."""
-    from eckart.compression.card import remember_evaluation
     from eckart.evaluation import evaluate as measure
     from eckart.evaluation import heldout_tokens
+    from eckart.jobs.card import remember_evaluation
 
     with acting(as_json):
         with Bars() as bars:

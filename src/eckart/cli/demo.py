@@ -9,9 +9,10 @@ from typing import Any
 
 from eckart.checkpoint.source import Source, resolve
 from eckart.cli.console import Bars, megabytes, number, out, table
-from eckart.compression import Result, compress_to
-from eckart.compression.card import remember_evaluation
+from eckart.compression import compress_to
 from eckart.evaluation import Evaluation, Machine, evaluate, heldout_tokens
+from eckart.jobs import Result
+from eckart.jobs.card import remember_evaluation
 from eckart.report import comparison_report, model_report
 
 METHODS = ("svd", "svd_llm", "auto")

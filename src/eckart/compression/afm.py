@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.compression.recipe import Recipe
 from eckart.forms import Form, LowRank, as_form
 from eckart.forms.algebra import ProductMatrix
 from eckart.forms.layers import FactoredEmbedding, FactoredLinear, kind_of, matrix_shape
+from eckart.jobs.recipe import Recipe
 from eckart.metrics import Metric, OutputCovariance
 from eckart.registry import method
 

@@ -15,13 +15,13 @@ from eckart.calibration.stream import Batch
 from eckart.calibration.tokens import Tokens
 from eckart.checkpoint.hf import EckartConfig, describe, reconfigure
 from eckart.checkpoint.source import Source, resolve
-from eckart.compression.engine import batches_aside, run_in_memory
-from eckart.compression.folder_job import compress_folder, versions
-from eckart.compression.recipe import Method, Recipe
-from eckart.compression.result import Result
-from eckart.compression.solve import Executor
 from eckart.downloads import Progress, silent
 from eckart.forms import Form, as_form
+from eckart.jobs.engine import batches_aside, run_in_memory
+from eckart.jobs.folder_job import compress_folder, versions
+from eckart.jobs.recipe import Method, Recipe
+from eckart.jobs.result import Result
+from eckart.jobs.solve import Executor
 from eckart.metrics import Metric, as_metric
 from eckart.registry import find, suggest
 

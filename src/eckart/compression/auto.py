@@ -11,9 +11,9 @@ from torch import nn
 from eckart.allocation import BudgetError, Optimal
 from eckart.calibration.calibrate import Request
 from eckart.compression.modegpt import MoDeGPT
-from eckart.compression.plan import Layer, Plan
-from eckart.compression.recipe import Job, Method, Recipe
 from eckart.compression.slicegpt import SliceGPT
+from eckart.jobs.plan import Layer, Plan
+from eckart.jobs.recipe import Job, Method, Recipe
 from eckart.metrics import Kronecker
 from eckart.registry import method
 

@@ -13,10 +13,10 @@ from eckart.calibration.store import OUTSIDE
 from eckart.calibration.subject import block_names
 from eckart.checkpoint.folder import Folder
 from eckart.checkpoint.source import Source, resolve
-from eckart.compression.plan import sample_spectrum
-from eckart.compression.recipe import Recipe
 from eckart.downloads import Progress, silent
 from eckart.forms.layers import kind_of, matrix_of
+from eckart.jobs.plan import sample_spectrum
+from eckart.jobs.recipe import Recipe
 from eckart.linalg.svd import singular_values
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from eckart.compression.recipe import Recipe
+from eckart.jobs.recipe import Recipe
 from eckart.metrics import Metric, OutputCovariance
 from eckart.registry import method
 

@@ -48,14 +48,14 @@ from eckart.compression.narrowing import (
     sites,
     weight_of,
 )  # fmt: skip
-from eckart.compression.plan import Layer, Plan, join_notes, sample_spectrum
-from eckart.compression.recipe import Job, Method, count_weights
-from eckart.compression.solve import noting
 from eckart.forms.layers import kind_of, matrix_shape
 from eckart.forms.low_rank import balance
+from eckart.jobs.plan import Layer, Plan, join_notes, sample_spectrum
+from eckart.jobs.recipe import Job, Method, count_weights
 from eckart.linalg import pairs
 from eckart.linalg.whitening import check_finite
 from eckart.registry import method
+from eckart.remarks import noting
 
 STEPS = 40
 

@@ -14,12 +14,12 @@ from eckart.allocation import BudgetError
 from eckart.calibration.calibrate import Request
 from eckart.checkpoint.layout import Layout, file_bytes, layout_of, tensor_bytes
 from eckart.compression.basis_change import centred, empty_at, rewritten
-from eckart.compression.plan import Layer, Plan, join_notes, sample_spectrum
-from eckart.compression.recipe import Job, Method, count_weights
 from eckart.compression.residual_stream import ResidualStream, Site, residual_stream
 from eckart.forms import Dense, Diagonal
 from eckart.forms.layers import kind_of, matrix_shape
 from eckart.forms.residual import Connected
+from eckart.jobs.plan import Layer, Plan, join_notes, sample_spectrum
+from eckart.jobs.recipe import Job, Method, count_weights
 from eckart.registry import method
 
 

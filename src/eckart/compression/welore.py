@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from eckart.allocation import Allocator, SpectrumThreshold
-from eckart.compression.recipe import Recipe
+from eckart.jobs.recipe import Recipe
 from eckart.registry import method
 
 

@@ -7,6 +7,9 @@ from eckart.forms.diagonal import Diagonal
 from eckart.forms.layers import densify, drop_in
 from eckart.forms.low_rank import LowRank
 from eckart.forms.select import Select
+from eckart.registry import discover
+
+discover(__name__, __path__)
 
 __all__ = [
     "FORMS",

@@ -7,12 +7,13 @@ only, `M S` and `M S⁻¹`, so a root may be an identity, a diagonal or a dense 
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from eckart.remarks import remark
 
 
 class Root(Protocol):
@@ -134,7 +135,7 @@ def psd_root(
         if info == 0:
             if tried > damping:
                 text = f"the covariance{' of ' + name if name else ''} is rank-deficient"
-                warnings.warn(f"{text}: damped by {tried:.0e} of its mean diagonal", Damped, stacklevel=2)
+                remark(f"{text}: damped by {tried:.0e} of its mean diagonal", Damped)
             return TriangularRoot(S)
         del S  # before the next one is made
         tried = max(tried * 10, 1e-12)

@@ -8,6 +8,9 @@ from eckart.metrics.kronecker import Kronecker
 from eckart.metrics.output_covariance import OutputCovariance
 from eckart.metrics.plain import Plain
 from eckart.metrics.statistics import Statistics
+from eckart.registry import discover
+
+discover(__name__, __path__)
 
 __all__ = [
     "METRICS",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ from eckart.linalg.weighting import Weighting
 from eckart.linalg.whitening import Damped, psd_root
 from eckart.metrics.base import METRICS, Metric, covariance
 from eckart.metrics.statistics import Statistics
+from eckart.remarks import remark
 
 
 @METRICS.word("input_covariance")
@@ -36,5 +36,5 @@ class InputCovariance(Metric):
         C, mean = covariance(statistics, self.centred, where)
         if statistics.tokens < C.shape[0]:
             text = f"{where or 'a layer'} saw {statistics.tokens} tokens for {C.shape[0]} inputs"
-            warnings.warn(f"{text}: its covariance is rank-deficient and was damped", Damped, stacklevel=2)
+            remark(f"{text}: its covariance is rank-deficient and was damped", Damped)
         return Weighting(right=psd_root(C, self.damping, self.root, where), mean=mean)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ from eckart.linalg.weighting import Weighting
 from eckart.linalg.whitening import Damped, DiagonalRoot, damped_diagonal
 from eckart.metrics.base import Metric
 from eckart.metrics.statistics import Statistics
+from eckart.remarks import remark
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,5 @@ class RowFrequencies(Metric):
         unseen = int((statistics.sums["counts"] == 0).sum())
         if unseen:
             text = f"{unseen} of {f.shape[0]} rows of {where or 'a table'} are never looked up by the calibration data"
-            warnings.warn(f"{text}: they count for next to nothing", Damped, stacklevel=2)
+            remark(f"{text}: they count for next to nothing", Damped)
         return Weighting(left=DiagonalRoot(f.sqrt()))

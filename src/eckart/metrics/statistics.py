@@ -37,7 +37,7 @@ class Statistics:
     def add_inputs(self, x: Float[Tensor, "*batch in"], needs: frozenset[str], mask: Bool[Tensor, "*batch"] | None = None) -> None:  # fmt: skip # noqa: E501
         """Add the rows of x where `mask` holds."""
         rows = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
-        rows = rows.detach().float()
+        rows = as_multiplied(rows.detach())
         self._add("tokens", torch.tensor(float(rows.shape[0]), dtype=torch.float64))
         if "x" in needs:
             self._add("x", rows.sum(0, dtype=torch.float64))
@@ -57,7 +57,7 @@ class Statistics:
 
     def add_gradients(self, x: Float[Tensor, "*batch in"], g: Float[Tensor, "*batch out"], needs: frozenset[str]) -> None:  # fmt: skip # noqa: E501
         """Add one example: inputs x of a layer and gradients g of the example's summed loss at its outputs."""
-        x, g = x.detach().reshape(-1, x.shape[-1]).float(), g.detach().reshape(-1, g.shape[-1]).float()
+        x, g = (as_multiplied(t.detach().reshape(-1, t.shape[-1])) for t in (x, g))
         self._add("examples", torch.tensor(1.0, dtype=torch.float64))
         if needs & {"fisher_in", "fisher_out"}:
             squared = (g.T @ x).square()
@@ -109,3 +109,8 @@ class Statistics:
     def tokens(self) -> int:
         """Rows seen."""
         return int(self.sums["tokens"]) if "tokens" in self.sums else 0
+
+
+def as_multiplied(x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
+    """x as float32 products see it at the precision that is set, so that sums of x and of x xᵀ fit together."""
+    return x.bfloat16().float() if torch.get_float32_matmul_precision() == "medium" else x.float()

@@ -17,15 +17,15 @@ from eckart.allocation import Budget
 from eckart.calibration.calibrate import calibrate, covered, influence
 from eckart.calibration.collect import Collector
 from eckart.calibration.store import OUTSIDE, StatisticsStore, fingerprint
-from eckart.calibration.stream import Batch, Stream
+from eckart.calibration.stream import Batch, Stream, fast_products
 from eckart.calibration.subject import InMemory, Subject, block_names, outside
 from eckart.checkpoint.folder import part_state
 from eckart.checkpoint.layout import Layout, layout_of
-from eckart.compression.plan import Layer, Plan
-from eckart.compression.recipe import Job, Method
-from eckart.compression.solve import Executor, Serial
-from eckart.compression.trial import Trial
 from eckart.downloads import Progress, silent
+from eckart.jobs.plan import Layer, Plan
+from eckart.jobs.recipe import Job, Method
+from eckart.jobs.solve import Executor, Threads
+from eckart.jobs.trial import Trial
 from eckart.metrics import Statistics
 from eckart.metrics.statistics import GRADIENT_SUMS
 
@@ -87,7 +87,7 @@ class Engine:
         self.streams: dict[str, Stream] = {}
         self.job = Job(
             subject=subject, blocks=self.blocks, budget=budget, statistics=self.store.of, influence=[],
-            layouts=part_layouts(subject, self.blocks), executor=executor or Serial(), progress=progress, seed=seed,
+            layouts=part_layouts(subject, self.blocks), executor=executor or Threads(), progress=progress, seed=seed,
         )  # fmt: skip
 
         if aside:
@@ -122,7 +122,7 @@ class Engine:
     def _calibrate(self, folder: str) -> None:
         total = len(self.blocks)
         if self.request.any and not covered(self.request, self.store, total):
-            with self._timed("calibrate"):
+            with self._timed("calibrate"), fast_products():
                 calibrate(self._stream(folder), self.request, self.store, seed=self.seed, progress=self.progress)
         self.job.influence = influence(self.store, total) if self.request.influence else []
 
@@ -159,7 +159,7 @@ class Engine:
         """Statistics of a block as it is, on what the compressed blocks before it put out."""
         stream = self._stream("hidden")
         collector = Collector(self.request.needs)
-        with collector.hooked(self.model, self.request.probes.get(part, [])):
+        with collector.hooked(self.model, self.request.probes.get(part, [])), fast_products():
             stream.advance(part, before=lambda b: collector.next_batch(stream.mask(b)), write=False)
 
         def statistics(name: str, index: int) -> Statistics:
@@ -176,7 +176,8 @@ class Engine:
         block = self.model.get_submodule(self.blocks[part])
         stored = {k: p.dtype for k, p in block.named_parameters()}
         block.float()
-        self._stream("hidden").advance(part)
+        with fast_products():
+            self._stream("hidden").advance(part)
         for name, parameter in block.named_parameters():
             parameter.data = parameter.data.to(stored[name])
 

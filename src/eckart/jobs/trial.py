@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from eckart.calibration.store import OUTSIDE
-from eckart.calibration.stream import Batch, Stream, single_rows
-from eckart.compression.plan import Plan
-from eckart.compression.recipe import Job, Method
+from eckart.calibration.stream import Batch, Stream, fast_products, single_rows
+from eckart.jobs.plan import Plan
+from eckart.jobs.recipe import Job, Method
 
 
 class Trial:
@@ -43,10 +43,12 @@ class Trial:
                 with job.subject.loaded(block), _restoring(model, [block]):
                     method.rewrite(job, plan, part)
                     _compute_in_float(model, [block])
-                    stream.advance(part)
+                    with fast_products():
+                        stream.advance(part)
                 stream.hidden(part).path.unlink()
                 job.progress("trial", part + 1, len(job.blocks))
-            return self._loss(stream)
+            with fast_products():
+                return self._loss(stream)
 
     def _loss(self, stream: Stream) -> float:
         total, count = 0.0, 0

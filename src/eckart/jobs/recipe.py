@@ -18,11 +18,11 @@ from eckart.calibration.calibrate import Request
 from eckart.calibration.store import OUTSIDE
 from eckart.calibration.subject import Subject, outside
 from eckart.checkpoint.layout import Layout, file_bytes, layout_of
-from eckart.compression.plan import Layer, Plan, join_notes, sample_spectrum
-from eckart.compression.solve import Executor, Task, curve, fit
 from eckart.forms import Curve, Dense, Form, LowRank, drop_in, parse
 from eckart.forms.base import Shape
 from eckart.forms.layers import kind_of, matrix_of, matrix_shape
+from eckart.jobs.plan import Layer, Plan, join_notes, sample_spectrum
+from eckart.jobs.solve import Executor, Task, curve, fit
 from eckart.metrics import InputCovariance, Metric, Plain, Statistics
 from eckart.metrics.row_frequencies import RowFrequencies
 

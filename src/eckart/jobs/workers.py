@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from eckart.compression.solve import Executor, Serial
+from eckart.jobs.solve import Executor, Task, Threads, alone
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 
@@ -25,14 +24,13 @@ class RayExecutor:
         self.ray, self.in_flight = ray, in_flight
         self.threads = torch.get_num_threads()
 
-    def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
+    def map(self, function: Callable[[Task], R], tasks: Iterable[Task]) -> Iterator[R]:
         ray, threads = self.ray, self.threads
 
         @ray.remote
-        def work(task: T) -> R:
+        def work(task: Task) -> R:
             torch.set_num_threads(threads)
-            with torch.no_grad():
-                return function(task)
+            return alone(function, task)
 
         pending: list[Any] = []
         for task in tasks:
@@ -57,7 +55,7 @@ def executor_for(workers: str | int | None) -> Iterator[Executor]:
     Raises `ImportError` where Ray is not installed, `ValueError` where the text is neither.
     """
     if workers is None:
-        yield Serial()
+        yield Threads()
         return
     text = str(workers)
     count = int(text) if text.isdigit() else None

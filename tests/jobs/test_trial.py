@@ -17,9 +17,10 @@ from eckart.allocation import Budget
 from eckart.calibration.subject import InMemory
 from eckart.checkpoint.folder import Folder
 from eckart.checkpoint.source import resolve
-from eckart.compression import Method, Plan, method_for
+from eckart.compression import method_for
 from eckart.compression.auto import candidates, label
-from eckart.compression.engine import Engine
+from eckart.jobs import Method, Plan
+from eckart.jobs.engine import Engine
 
 
 def loss_of(model: Any, batches: list[dict[str, Any]]) -> float:

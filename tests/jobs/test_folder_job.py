@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import eckart
 import tiny
 from eckart.allocation import BudgetError
-from eckart.compression.result import Result
+from eckart.jobs.result import Result
 
 DATA: dict[str, Any] = {"samples": 6, "length": 12, "batch_size": 2}
 Compress = Callable[..., Result]

@@ -230,7 +230,7 @@ def test_an_interruption_says_how_to_go_on(folder: Path, tmp_path: Path, monkeyp
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("eckart.compression.engine.Engine.fit", interrupted)
+    monkeypatch.setattr("eckart.jobs.engine.Engine.fit", interrupted)
     done = CliRunner().invoke(app, [*map(str, compress(folder, tmp_path / "out", *SVD)), "--json"])
     assert done.exit_code == 130
     assert "--resume goes on with what is done in" in json.loads(done.stdout)["error"]

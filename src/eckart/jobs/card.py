@@ -7,8 +7,8 @@ from typing import Any
 
 from eckart.checkpoint.layout import save_json
 from eckart.checkpoint.source import Source
-from eckart.compression.result import Result
 from eckart.files import whole
+from eckart.jobs.result import Result
 
 LOAD = """```python
 import eckart

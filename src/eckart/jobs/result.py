@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eckart.compression.engine import Run
-from eckart.compression.plan import Layer, Plan, total_error
+from eckart.jobs.engine import Run
+from eckart.jobs.plan import Layer, Plan, total_error
 
 
 @dataclass

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import builtins
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import eckart
 import tiny
-from eckart.compression.solve import Serial
-from eckart.compression.workers import RayExecutor, executor_for
+from eckart.jobs.solve import SMALL, Task, Threads
+from eckart.jobs.workers import RayExecutor, executor_for
+from eckart.metrics import Plain, Statistics
+from eckart.remarks import noting, remark
 
 
 def test_without_workers_it_is_this_process() -> None:
     with executor_for(None) as executor:
-        assert isinstance(executor, Serial)
-        assert list(executor.map(abs, [-1, 2])) == [1, 2]
+        assert isinstance(executor, Threads)
 
 
 @pytest.mark.parametrize("text", ["0", "-2", "2.5", "some", "", 0])
@@ -63,20 +66,59 @@ class Local:
         return call[0](call[1])
 
 
-def test_results_come_in_order_and_few_tasks_are_in_flight() -> None:
-    ray = Local()
+def task(number: int, width: int = 4) -> Task:
+    return Task(str(number), torch.full((width, width), float(number)), "low_rank(rank=1)", Plain(), Statistics(), torch.float32)  # fmt: skip # noqa: E501
+
+
+def squared(task: Task) -> float:
+    return float(task.matrix[0, 0]) ** 2
+
+
+@pytest.mark.parametrize("make", [lambda: RayExecutor(Local(), 3), lambda: Threads(2)], ids=["ray", "threads"])
+def test_results_come_in_order_and_few_tasks_are_in_flight(make: Any) -> None:
     taken: list[int] = []
 
     def tasks() -> Any:
         for i in range(9):
             taken.append(i)
-            yield i
+            yield task(i)
 
-    results = RayExecutor(ray, 3).map(lambda x: x * x, tasks())
+    executor = make()
+    results = executor.map(squared, tasks())
     assert next(results) == 0
     assert len(taken) == 4  # no more than three wait for a worker while the fourth is read
     assert list(results) == [i * i for i in range(1, 9)]
-    assert ray.most == 3
+    if isinstance(executor, RayExecutor):
+        assert executor.ray.most == 3
+
+
+def test_large_matrices_have_all_cores_to_themselves_and_small_ones_a_thread_each() -> None:
+    seen: list[tuple[str, int, bool, bool]] = []
+
+    def look(task: Task) -> str:
+        threads, here = torch.get_num_threads(), threading.current_thread() is threading.main_thread()
+        seen.append((task.name, threads, here, torch.is_grad_enabled()))
+        return task.name
+
+    before = torch.get_num_threads()
+    with torch.no_grad():
+        names = list(Threads(2).map(look, [task(1), task(2, SMALL + 1), task(3)]))
+    assert names == ["1", "2", "3"]
+    assert sorted(seen) == [("1", 1, False, False), ("2", before, True, False), ("3", 1, False, False)]
+    assert torch.get_num_threads() == before
+
+
+def test_an_error_in_a_thread_reaches_the_caller_and_notes_stay_with_their_task() -> None:
+    def work(task: Task) -> str | None:
+        if task.name == "7":
+            raise ValueError("layer 7 is broken")
+        with noting() as notes:
+            remark(f"about {task.name}", UserWarning)
+        return notes.text
+
+    assert list(Threads(2).map(work, map(task, range(6)))) == [f"about {i}" for i in range(6)]
+    with pytest.raises(ValueError, match="layer 7 is broken"):
+        list(Threads(2).map(work, map(task, range(9))))
 
 
 @pytest.mark.slow

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from eckart.forms import Curve, Dense, Factored, Form, parse
-from eckart.linalg.whitening import Damped, check_finite
+from eckart.linalg.whitening import check_finite
 from eckart.metrics import Metric, Statistics
+from eckart.remarks import noting
 
-T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Executor(Protocol):
     """Maps a pure function over tasks, in order."""
 
-    def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]: ...
-
-
-class Serial:
-    """One after the other, in this process."""
-
-    def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
-        return map(function, tasks)
+    def map(self, function: Callable[[Task], R], tasks: Iterable[Task]) -> Iterator[R]: ...
 
 
 @dataclass(frozen=True)
@@ -53,6 +46,10 @@ class Task:
     statistics: Statistics
     dtype: torch.dtype
 
+    @property
+    def small(self) -> bool:
+        return min(self.matrix.shape, default=0) <= SMALL
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -68,20 +65,44 @@ SMALL = 1024
 """Matrices whose smaller side is at most this are worked on by one thread: more are slower on a busy machine."""
 
 
-@contextmanager
-def threads_for(matrix: Float[Tensor, "out in"]) -> Iterator[None]:
-    """Within the context, torch uses as many threads as pay for a matrix of this shape."""
+class Threads:
+    """Maps tasks over the cores of this machine: small matrices side by side, large ones alone and with all cores.
+
+    The last bits of a matrix product depend on the number of threads, so that depends on nothing but the shape (and on
+    torch's own setting for large ones).
+    """
+
+    def __init__(self, workers: int | None = None):
+        self.workers = workers or torch.get_num_threads()
+
+    def map(self, function: Callable[[Task], R], tasks: Iterable[Task]) -> Iterator[R]:
+        pending: deque[Future[R]] = deque()
+        with ThreadPoolExecutor(self.workers) as pool:
+            for task in tasks:
+                while pending and (len(pending) > self.workers or not task.small):
+                    yield pending.popleft().result()
+                if task.small:
+                    pending.append(pool.submit(alone, function, task))
+                else:
+                    yield function(task)
+            while pending:
+                yield pending.popleft().result()
+
+
+def alone(function: Callable[[Task], R], task: Task) -> R:
+    """Work on a task with one thread if it is small, and without gradients, which are on in every new thread."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if min(matrix.shape, default=0) <= SMALL else before)
+    torch.set_num_threads(1 if task.small else before)
     try:
-        yield
+        with torch.no_grad():
+            return function(task)
     finally:
         torch.set_num_threads(before)
 
 
 def curve(task: Task) -> tuple[Curve, str | None]:
     """The curve of an open form on one matrix, its last point the matrix left dense; and a note."""
-    with threads_for(task.matrix), noting() as notes:
+    with noting() as notes:
         check_finite(task.matrix, f"the weight of {task.name}")
         weighting = task.metric.weighting(task.statistics, task.name)
         found = parse(task.form).curve(task.matrix, weighting, task.dtype)
@@ -99,35 +120,13 @@ def curve(task: Task) -> tuple[Curve, str | None]:
 
 def fit(task: Task) -> Fitted:
     """A closed form fitted to one matrix."""
-    with threads_for(task.matrix), noting() as notes:
+    with noting() as notes:
         check_finite(task.matrix, f"the weight of {task.name}")
         weighting = task.metric.weighting(task.statistics, task.name)
         module = parse(task.form).fit(task.matrix, weighting, dtype=task.dtype)
     if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
         raise ValueError(f"{task.name}: the factors of {task.form} do not fit into {task.dtype}: keep the layer dense")
     difference = task.matrix - module.dense().detach().to(task.matrix.dtype)
-    with threads_for(task.matrix):
-        error = weighting.norm2(difference)
+    error = weighting.norm2(difference)
     shift = None if weighting.mean is None else (difference.double() @ weighting.mean).float()
     return Fitted(module, shift, error, notes.text)
-
-
-class noting:
-    """Collects `Damped` warnings as a note; lets all others pass."""
-
-    text: str | None = None
-
-    def __enter__(self) -> noting:
-        self._catch = warnings.catch_warnings(record=True)
-        caught = self._catch.__enter__()
-        self._caught: list[Any] = [] if caught is None else caught
-        warnings.simplefilter("always")
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._catch.__exit__(*exc)
-        for caught in self._caught:
-            if not issubclass(caught.category, Damped):
-                warnings.warn_explicit(caught.message, caught.category, caught.filename, caught.lineno)
-        damped = [str(c.message) for c in self._caught if issubclass(c.category, Damped)]
-        self.text = "; ".join(dict.fromkeys(damped)) or None

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ import torch
 import transformers
 from torch import nn
 
-import eckart
 from eckart.allocation import Budget
 from eckart.calibration.store import OUTSIDE, fingerprint
 from eckart.calibration.stream import Batch
@@ -28,14 +28,14 @@ from eckart.checkpoint.folder import Folder, Output, part_state, read_config
 from eckart.checkpoint.hf import FORMAT, METHOD, describe, reconfigure
 from eckart.checkpoint.layout import save_json
 from eckart.checkpoint.source import Source
-from eckart.compression.card import model_card
-from eckart.compression.engine import Engine, Persistence, tied_names
-from eckart.compression.place import MODEL, Place
-from eckart.compression.plan import Layer, Plan, layers_from_json
-from eckart.compression.recipe import Method
-from eckart.compression.result import Result
-from eckart.compression.solve import Executor
 from eckart.downloads import Progress, silent
+from eckart.jobs.card import model_card
+from eckart.jobs.engine import Engine, Persistence, tied_names
+from eckart.jobs.place import MODEL, Place
+from eckart.jobs.plan import Layer, Plan, layers_from_json
+from eckart.jobs.recipe import Method
+from eckart.jobs.result import Result
+from eckart.jobs.solve import Executor
 
 M_MMAP_THRESHOLD = -3
 """glibc's number for the size from which memory is mapped for one allocation, and unmapped when that is freed."""
@@ -195,7 +195,7 @@ def _config(source: Source, folder: Folder, modules: dict[str, Any], settings: d
 def record(result: Result, source: Source, config: dict[str, Any]) -> dict[str, Any]:
     """What eckart.json holds: everything about the job that is the same whenever it is repeated."""
     return {
-        "eckart": eckart.__version__,
+        "eckart": version("eckart"),
         "versions": versions(),
         "model": {
             "source": source.spec,
@@ -215,7 +215,7 @@ def record(result: Result, source: Source, config: dict[str, Any]) -> dict[str, 
 def versions() -> dict[str, str]:
     """Of what decides the bytes of a result."""
     return {
-        "eckart": eckart.__version__,
+        "eckart": version("eckart"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
