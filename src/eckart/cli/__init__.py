@@ -226,7 +226,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models and report.")] = Path("demo"),
     model: Annotated[str, typer.Option(help="Hub id, local folder, GGUF file, or 'builtin'.")] = "builtin",
     budget: Annotated[str, typer.Option("--budget", "-b", help="The same for all methods.")] = "0.9",
-    samples: SamplesOption = 16,
+    samples: SamplesOption = 12,
     keep: Annotated[bool, typer.Option("--keep", help="Use what an earlier demo left.")] = False,
 ) -> None:
     """Compress the built-in model with several methods at one budget, and compare them."""

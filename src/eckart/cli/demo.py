@@ -16,7 +16,7 @@ from eckart.jobs.card import remember_evaluation
 from eckart.report import comparison_report, model_report
 
 METHODS = ("svd", "svd_llm", "auto")
-HELDOUT = 8
+HELDOUT = 6
 
 
 def run_demo(folder: Path, model: str, budget: str, samples: int, keep: bool) -> None:

@@ -6,6 +6,7 @@ from eckart.forms.dense import Dense
 from eckart.forms.diagonal import Diagonal
 from eckart.forms.layers import densify, drop_in
 from eckart.forms.low_rank import LowRank
+from eckart.forms.quantized import Quantized
 from eckart.forms.select import Select
 from eckart.registry import discover
 
@@ -20,6 +21,7 @@ __all__ = [
     "Form",
     "LowRank",
     "Product",
+    "Quantized",
     "Select",
     "Sum",
     "as_form",

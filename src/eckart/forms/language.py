@@ -21,11 +21,19 @@ MAX_LENGTH, MAX_DEPTH = 4096, 32
 
 
 class Vocabulary(Generic[T]):
-    """The words of one kind (forms, metrics, allocators): name -> dataclass."""
+    """The words of one kind (forms, metrics, allocators): name -> dataclass.
 
-    def __init__(self, kind: str):
+    Args:
+        kind: what a word names, for messages.
+        within: the vocabulary in whose texts these words may stand as settings, as grids do in those of forms.
+    """
+
+    def __init__(self, kind: str, within: Vocabulary[Any] | None = None):
         self.kind = kind
         self.words: dict[str, type[T]] = {}
+        self.settings: list[Vocabulary[Any]] = []
+        if within is not None:
+            within.settings.append(self)
 
     def word(self, name: str) -> Callable[[type[T]], type[T]]:
         """Class decorator: enter a frozen dataclass under `name`."""
@@ -47,7 +55,11 @@ class Vocabulary(Generic[T]):
             tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
             raise ValueError(f"cannot read {self.kind} {text!r}: {e.args[0] if e.args else e}") from None
-        return self._build(tree, text, 0)
+        found: T = self._build(tree, text, 0)
+        for vocabulary in self.settings:
+            if isinstance(found, tuple(vocabulary.words.values())):
+                raise ValueError(f"{text!r} is a {vocabulary.kind}, and stands only as a setting of a {self.kind}")
+        return found
 
     def _build(self, node: ast.expr, text: str, depth: int) -> Any:
         if depth > MAX_DEPTH:
@@ -66,10 +78,11 @@ class Vocabulary(Generic[T]):
         raise ValueError(f"cannot read {self.kind} {text!r}: expected name(key=value) terms joined by + or @")
 
     def _call(self, node: ast.Call, name: str, text: str, depth: int) -> T:
-        if name not in self.words:
-            raise ValueError(f"unknown {self.kind} {name!r}{suggest(name, list(self.words))}")
-        cls = self.words[name]
-        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        known = {word: cls for vocabulary in (self, *self.settings) for word, cls in vocabulary.words.items()}
+        if name not in known:
+            raise ValueError(f"unknown {self.kind} {name!r}{suggest(name, list(known))}")
+        cls = known[name]
+        names = [f.name for f in dataclasses.fields(cls)]
         if len(node.args) > len(names):
             raise ValueError(f"{name}() takes at most {len(names)} settings ({', '.join(names)})")
         settings = dict(zip(names, node.args, strict=False))

@@ -20,19 +20,29 @@ class Weighting:
         right: root R of the weight C = R Rᵀ (in, in) on inputs.
         mean: (in,) mean input μ, when what the mean does to the output is to be moved into the bias: the weights then
             describe the centred inputs, and the layer's bias gains (W - Ŵ) μ.
+        each: (out, in) weights F of single squared errors, where the norm is sum F Δ²; L and R then are its best
+            two-sided stand-in, for solvers that need one.
     """
 
     left: Root = field(default_factory=IdentityRoot)
     right: Root = field(default_factory=IdentityRoot)
     mean: Float[Tensor, " in"] | None = None
+    each: Float[Tensor, "out in"] | None = None
 
     def apply(self, M: Float[Tensor, "out in"]) -> Float[Tensor, "a b"]:
         """Lᵀ M R."""
         return self.left.times(self.right.times(M).T).T
 
     def norm2(self, M: Float[Tensor, "out in"]) -> float:
-        """|| Lᵀ M R ||²_F, in float64."""
-        return float(self.apply(M.detach().double()).square().sum())
+        """|| Lᵀ M R ||²_F, or sum F M² where every entry has its own weight, in float64."""
+        M = M.detach().double()
+        return float((self.apply(M).square() if self.each is None else self.each.to(M) * M.square()).sum())
+
+    def importance(self, shape: tuple[int, int]) -> Float[Tensor, "out in"]:
+        """How much the square of a single error counts, couplings left out: F, or the diagonals' outer product."""
+        if self.each is not None:
+            return self.each
+        return self.left.gram(shape[0]).diagonal()[:, None] * self.right.gram(shape[1]).diagonal()
 
     def unapply_left(self, M: Float[Tensor, "a k"]) -> Float[Tensor, "out k"]:
         """L⁻ᵀ M."""
