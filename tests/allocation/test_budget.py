@@ -59,14 +59,21 @@ def test_printing_loses_nothing(budget: Budget) -> None:
 
 
 def test_printing_is_short() -> None:
-    texts = ["0.8", "80MB", "3bpw", "0.8 linears", "83.88608MB"]
+    texts = ["0.8", "80MB", "3bpw", "0.8 linears", "2.5bpw linears", "83.88608MB"]
     assert [str(Budget.parse(text)) for text in texts] == texts
     assert str(Budget.parse("80MiB")) == "83.88608MB"
 
 
 @pytest.mark.parametrize(
     ("text", "total"),
-    [("0.8", 800_000), ("1", 1_000_000), ("80KB", 80_000), ("3bpw", 187_500), ("0.5 linears", 700_000)],
+    [
+        ("0.8", 800_000),
+        ("1", 1_000_000),
+        ("80KB", 80_000),
+        ("3bpw", 187_500),
+        ("0.5 linears", 700_000),
+        ("4bpw linears", 550_000),
+    ],
 )
 def test_total(text: str, total: int) -> None:
     """Of an input of a million bytes and half a million weights, 600 000 bytes of which may be compressed."""

@@ -6,11 +6,14 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from eckart.forms.base import Curve
 from eckart.forms.language import Vocabulary
 
 ALLOCATORS: Vocabulary[Allocator] = Vocabulary("allocation")
+Fitness = Callable[[Mapping[str, int], int, int], float]
+"""(choice, tokens, draw) -> loss per token in nats, on that many tokens, which are the same for the same draw."""
 
 
 class BudgetError(ValueError):
@@ -26,12 +29,16 @@ class Problem:
         budget: bytes that all chosen points together may take.
         blocks: weight -> index of its block.
         influence: for every block, 1 - mean cosine between what enters and what leaves it; only where asked for.
+        fitness: the measured loss of the whole model after a choice; only where asked for.
+        journal: a file in which a long search may keep its state, so that it goes on where it was killed.
     """
 
     curves: Mapping[str, Curve]
     budget: int
     blocks: Mapping[str, int] = field(default_factory=dict)
     influence: Sequence[float] = ()
+    fitness: Fitness | None = None
+    journal: Path | None = None
 
     @property
     def smallest(self) -> int:
@@ -53,6 +60,7 @@ class Allocator(ABC):
     """Chooses one point on each curve. Hashable, printable, parsed back by `ALLOCATORS.parse`."""
 
     needs_influence = False
+    needs_fitness = False
 
     def __str__(self) -> str:
         return ALLOCATORS.print(self)

@@ -15,7 +15,7 @@ class Budget:
     Attributes:
         value: the number asked for.
         unit: `ratio` of the input checkpoint's bytes; `bytes`; `bpw`, bits for each of the input's weights; or
-            `linears`, a ratio of the targeted layers alone, as papers count it, everything else kept.
+            `linears` and `bpw linears`, the same of the targeted layers alone, as papers count it, all else kept.
     """
 
     value: float
@@ -23,23 +23,26 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | float | Budget) -> Budget:
-        """From `0.8`, `80MB`, `3.0bpw` or `0.8 linears`. Raises `ValueError` on anything else."""
+        """From `0.8`, `80MB`, `3.0bpw`, `0.8 linears` or `3bpw linears`. Raises `ValueError` on anything else."""
         if isinstance(text, Budget):
             return text
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*(?:\s+[Ll]inears)?)\s*", str(text))
         if match:
-            value, unit = float(match[1]), match[2].upper()
+            value, unit = float(match[1]), " ".join(match[2].upper().split())
             if unit in ("", "LINEARS") and 0 < value <= 1:
                 return cls(value, "linears" if unit else "ratio")
-            if unit == "BPW" and 0 < value <= 64:
-                return cls(value, "bpw")
+            if unit in ("BPW", "BPW LINEARS") and 0 < value <= 64:
+                return cls(value, unit.lower())
             if unit in UNITS and 1 <= value * UNITS[unit] < 1e18:
                 return cls(round(value * UNITS[unit]), "bytes")
-        raise ValueError(f"cannot read the budget {text!r}: give a ratio (0.8), a size (80MB), bits per weight (3.0bpw) or a ratio of the linear layers alone ('0.8 linears')")  # fmt: skip # noqa: E501
+        raise ValueError(f"cannot read the budget {text!r}: give a ratio (0.8), a size (80MB), bits per weight (3.0bpw), or either of the linear layers alone ('0.8 linears', '3bpw linears')")  # fmt: skip # noqa: E501
 
     def __str__(self) -> str:
         number = str(self.value / 1e6 if self.unit == "bytes" else self.value).removesuffix(".0")
-        return number + {"bytes": "MB", "ratio": "", "bpw": "bpw", "linears": " linears"}[self.unit]
+        return (
+            number
+            + {"bytes": "MB", "ratio": "", "bpw": "bpw", "linears": " linears", "bpw linears": "bpw linears"}[self.unit]
+        )
 
     def total(self, *, input_bytes: int, weights: int, target_bytes: int) -> int:
         """Bytes for the whole output.
@@ -53,6 +56,10 @@ class Budget:
             return int(self.value * input_bytes)
         if self.unit == "bpw":
             return int(self.value * weights / 8)
+        if self.unit == "bpw linears":
+            return int(
+                input_bytes - target_bytes + self.value / 8 * target_bytes / max(1, round(input_bytes / weights))
+            )
         if self.unit == "linears":
             return int(input_bytes - (1 - self.value) * target_bytes)
         return int(self.value)
