@@ -133,11 +133,11 @@ def tie(model: Any, name: str, other: str) -> None:
     own, shared = model.get_submodule(name), model.get_submodule(other)
     if not (isinstance(own, DropIn) and isinstance(shared, DropIn) and own.matrix.shape == shared.matrix.shape):
         raise ValueError(f"{name} cannot share the matrix of {other}")
-    own.matrix = shared.matrix
-    keys = {f"{name}.matrix.{k}": f"{other}.matrix.{k}" for k, _ in shared.matrix.named_parameters()}
-    model._tied_weights_keys = {**{k: v for k, v in (getattr(model, "_tied_weights_keys", None) or {}).items() if not k.startswith(f"{name}.")}, **keys}  # fmt: skip # noqa: E501
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = dict(model._tied_weights_keys)
+    own.borrow(shared)
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        keys = getattr(model, attribute, None)
+        if isinstance(keys, dict):
+            setattr(model, attribute, {k: v for k, v in keys.items() if not k.startswith(f"{name}.")})
 
 
 def reconfigure(model: Any, changes: dict[str, Any]) -> None:

@@ -123,6 +123,11 @@ class DropIn(StandIn):
         self.matrix = matrix
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
 
+    def borrow(self, owner: DropIn) -> None:
+        """Hold the very matrix of another layer, with which it is moved, stored and counted."""
+        self._modules.pop("matrix", None)
+        object.__setattr__(self, "matrix", owner.matrix)
+
     def reset_parameters(self) -> None:
         """Nothing to draw: the factors come from a fit or a checkpoint."""
 
