@@ -59,7 +59,7 @@ def test_text_may_be_written_in_several_ways(text: str, form: Form) -> None:
         ("xyzzy()", "unknown form 'xyzzy'; known: .*low_rank"),
         ("low_rank(rnak=3)", r"low_rank\(\) has no setting 'rnak'; did you mean 'rank'\?"),
         ("low_rank(3, rank=3)", r"low_rank\(\) is given 'rank' twice"),
-        ("low_rank(1, 2, 3)", r"low_rank\(\) takes at most 2 settings \(rank, multiple\)"),
+        ("select(1, 2)", r"select\(\) takes at most 1 settings \(width\)"),
         ("diagonal(1)", "takes at most 0 settings"),
         ("low_rank(rank='three')", "the rank is a positive integer"),
         ("low_rank(rank=1e300)", "the rank is a positive integer"),
@@ -172,4 +172,4 @@ def test_a_word_is_entered_once_and_nested_words_are_read_back() -> None:
 def test_registered_words_are_named_after_their_classes() -> None:
     for word, cls in FORMS.words.items():
         assert word == snake_case(cls.__name__)
-    assert field_names(LowRank) == ("rank", "multiple")
+    assert field_names(LowRank) == ("rank", "multiple", "factors")

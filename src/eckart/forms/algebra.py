@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eckart.forms.base import Factored, Form, Shape, check_shape
+from eckart.forms.base import Curve, Factored, Form, Shape, check_shape
 from eckart.forms.dense import Dense, widths
 from eckart.linalg.svd import truncated_svd
 from eckart.linalg.weighting import PLAIN, Weighting, weighted_lstsq_left, weighted_lstsq_right
 
-SWEEPS, RUNGS = 30, 12
+SWEEPS, RUNGS, RUNGS_OF_A_SUM = 30, 12, 36
+SETTLED = 1e-4
 
 
 class SumMatrix(Factored):
@@ -99,7 +101,7 @@ class Sum(Form):
         return any(t.open for t in self.terms)
 
     def ladder(self, shape: Shape) -> list[Form]:
-        per_term = max(2, round(64 ** (1 / max(1, sum(t.open for t in self.terms)))))
+        per_term = max(2, round(RUNGS_OF_A_SUM ** (1 / max(1, sum(t.open for t in self.terms)))))
         rungs = [thin(t.ladder(shape), per_term) for t in self.terms]
         return [Sum(combination) for combination in itertools.product(*rungs)]
 
@@ -109,23 +111,69 @@ class Sum(Form):
     def fit(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
     ) -> SumMatrix:
-        fitted = [term.fit(matrix, weighting, dtype=dtype) for term in self.terms]
-        alone = [weighting.norm2(matrix - f.dense().detach().to(matrix.dtype)) for f in fitted]
-        order = sorted(range(len(fitted)), key=alone.__getitem__)
-        parts = [torch.zeros_like(matrix) for _ in self.terms]
-        best, before, energy = list(fitted), float("inf"), weighting.norm2(matrix)
-        for _ in range(SWEEPS):
-            for i in order:
-                rest = matrix - sum(p for j, p in enumerate(parts) if j != i)
-                fitted[i] = self.terms[i].fit(rest, weighting, dtype=dtype)
-                parts[i] = fitted[i].dense().detach().to(matrix.dtype)
-            error = weighting.norm2(matrix - sum(parts))
-            if error < before:
-                best = list(fitted)
-            if _settled(before, error, energy):
-                break
-            before = error
-        return SumMatrix(best, self)
+        alone = [term.fit(matrix, weighting, dtype=dtype) for term in self.terms]
+        errors = [weighting.norm2(matrix - f.dense().detach().to(matrix.dtype)) for f in alone]
+        order = sorted(range(len(alone)), key=errors.__getitem__)
+        start = {order[0]: alone[order[0]]}
+        return SumMatrix(descend(self.terms, order, matrix, weighting, dtype, SWEEPS, start), self)
+
+    def curve(
+        self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
+    ) -> Curve:
+        """Cost and error at the rungs that cost less than the dense matrix, by fitting each."""
+        out, in_ = matrix.shape
+        rungs = [r for r in self.ladder((out, in_)) if r.nbytes((out, in_), dtype) < out * in_ * dtype.itemsize]
+        return fitted_curve(rungs, matrix, weighting, dtype, energy)
+
+
+def descend(
+    terms: Sequence[Form], order: Sequence[int], matrix: Float[Tensor, "out in"], weighting: Weighting,
+    dtype: torch.dtype | None, sweeps: int, start: Mapping[int, Factored] | None = None,
+) -> list[Factored]:  # fmt: skip
+    """Terms whose sum is near the matrix, by block coordinate descent: each fitted on what the others leave, in order.
+
+    Ends after `sweeps`, or where one gains little or nothing; the best sweep's terms are returned, so that the error
+    never grows with the number of sweeps.
+
+    Args:
+        order: in which terms are fitted; those not yet fitted count as zero.
+        start: by index, fits of a term on the whole matrix that are known already, for the first of the order.
+    """
+    known = start or {}
+    fitted: dict[int, Factored] = {}
+    parts: dict[int, Tensor] = {}
+    best: list[Factored] = []
+    least, before, energy = float("inf"), float("inf"), weighting.norm2(matrix)
+    for _ in range(sweeps):
+        for i in order:
+            rest = matrix - sum((p for j, p in parts.items() if j != i), torch.zeros_like(matrix))
+            ready = i in known and not parts
+            fitted[i] = known[i] if ready else terms[i].fit(rest, weighting, dtype=dtype)
+            parts[i] = fitted[i].dense().detach().to(matrix.dtype)
+        error = weighting.norm2(matrix - sum(parts.values(), torch.zeros_like(matrix)))
+        if not best or error < least:
+            best, least = [fitted[i] for i in range(len(terms))], error
+        if _settled(before, error, energy):
+            break
+        before = error
+    return best
+
+
+def fitted_curve(
+    rungs: Sequence[Form], matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype,
+    energy: float | None,
+) -> Curve:  # fmt: skip
+    """Cost and error of closed forms, by fitting each; cheapest first."""
+    shape = (matrix.shape[0], matrix.shape[1])
+    errors = [weighting.norm2(matrix - f.fit(matrix, weighting, dtype=dtype).dense().detach()) for f in rungs]
+    points = [(f.nbytes(shape, dtype), e, f) for f, e in zip(rungs, errors, strict=True)]
+    return sorted_curve(points, weighting.norm2(matrix) if energy is None else energy)
+
+
+def sorted_curve(points: Sequence[tuple[int, float, Form]], energy: float) -> Curve:
+    """A curve from (bytes, error, form) in any order."""
+    ordered = sorted(points, key=lambda p: p[:2])
+    return Curve([f for *_, f in ordered], [n for n, *_ in ordered], [e for _, e, _ in ordered], energy)
 
 
 @dataclass(frozen=True)
@@ -214,7 +262,7 @@ class Product(Form):
 
 def _settled(before: float, error: float, energy: float) -> bool:
     """Whether the last sweep gained little of what is left, or what is left is next to nothing."""
-    return before - error <= 1e-4 * max(error, 1e-4 * energy)
+    return before - error <= SETTLED * max(error, SETTLED * energy)
 
 
 def _start(W: Float[Tensor, "out in"], inner: int, weighting: Weighting) -> tuple[Tensor, Tensor]:

@@ -97,13 +97,20 @@ class Form(ABC):
 
     def __add__(self, other: Form) -> Form:
         from eckart.forms.algebra import Sum
+        from eckart.forms.one_of import each
 
-        return Sum((self, other)) if isinstance(other, Form) else NotImplemented
+        return each(lambda a, b: Sum((a, b)), self, other) if isinstance(other, Form) else NotImplemented
 
     def __matmul__(self, other: Form) -> Form:
         from eckart.forms.algebra import Product
+        from eckart.forms.one_of import each
 
-        return Product(self, other) if isinstance(other, Form) else NotImplemented
+        return each(Product, self, other) if isinstance(other, Form) else NotImplemented
+
+    def __or__(self, other: Form) -> Form:
+        from eckart.forms.one_of import OneOf
+
+        return OneOf((self, other)) if isinstance(other, Form) else NotImplemented
 
     @property
     def open(self) -> bool:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -36,6 +35,11 @@ class Grid(ABC):
     def __str__(self) -> str:
         return GRIDS.print(self)
 
+    @property
+    def unsearched(self) -> Grid:
+        """The same grid, whose parameters are taken without looking for better ones."""
+        return self
+
     @abstractmethod
     def slots(self, bits: int) -> dict[str, Slot]:
         """What is stored for every group, by name."""
@@ -44,7 +48,10 @@ class Grid(ABC):
     def fit(
         self, x: Float[Tensor, "*groups g"], bits: int, weight: Float[Tensor, "*#groups g"] | None = None
     ) -> dict[str, Float[Tensor, "*groups k"]]:
-        """Parameters for every group, with the least weighted squared rounding error where the grid looks for it."""
+        """Parameters for every group, with the least weighted squared rounding error where the grid looks for it.
+
+        Numbers of weight zero are not asked for: the grid need not reach them.
+        """
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "*groups g"], p: Parameters, bits: int) -> UInt8[Tensor, "*groups g"]:
@@ -53,6 +60,13 @@ class Grid(ABC):
     @abstractmethod
     def decode(self, codes: UInt8[Tensor, "*groups g"], p: Parameters, bits: int) -> Float[Tensor, "*groups g"]:
         """The numbers, in the parameters' dtype."""
+
+    @abstractmethod
+    def design(self, codes: UInt8[Tensor, "*groups g"], p: Parameters, bits: int) -> dict[str, Tensor]:
+        """How the numbers depend on the floating point parameters: name -> (*groups, g, width).
+
+        Numbers are linear in these: decode = sum over names of design @ parameter.
+        """
 
 
 @GRIDS.word("uniform")
@@ -79,6 +93,10 @@ class Uniform(Grid):
         if not isinstance(self.search, int) or self.search < 0:
             raise ValueError(f"uniform(search={self.search!r}): the number of ranges tried is 0 or more")
 
+    @property
+    def unsearched(self) -> Grid:
+        return replace(self, search=0)
+
     def slots(self, bits: int) -> dict[str, Slot]:
         if self.symmetric:
             return {"scale": Slot()}
@@ -87,7 +105,7 @@ class Uniform(Grid):
     def fit(
         self, x: Float[Tensor, "*groups g"], bits: int, weight: Float[Tensor, "*#groups g"] | None = None
     ) -> dict[str, Float[Tensor, "*groups k"]]:
-        low, high = (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)) if x.shape[-1] else (x.sum(-1, True),) * 2
+        low, high = ends(x, weight)
         best = self._between(low, high, bits)
         if not self.search:
             return best
@@ -106,33 +124,38 @@ class Uniform(Grid):
         most = 2**bits - 1
         if self.symmetric:
             steps = 2 ** (bits - 1)  # below zero; there is one less above it, but for one bit
-            scale = torch.maximum(-low / steps, high / max(1, steps - 1))
-            return {"scale": torch.where(scale > 0, scale, 1.0)}
+            return {"scale": torch.maximum(-low / steps, high / max(1, steps - 1))}
         if self.zero == "integer":
             low, high = low.clamp_max(0), high.clamp_min(0)
         scale = (high - low) / most
         if self.zero == "real":
             return {"scale": scale, "zero": low}
-        scale = torch.where(scale > 0, scale, 1.0)
-        return {"scale": scale, "zero": (-low / scale).round().clamp(0, most)}
+        return {"scale": scale, "zero": (-low / divisor(scale)).round().clamp(0, most)}
 
     def _error(self, x: Tensor, p: Parameters, bits: int, weight: Tensor | None) -> Tensor:
         squared = (x - self.decode(self.encode(x, p, bits), p, bits)).square()
         return (squared if weight is None else squared * weight).sum(-1, keepdim=True)
 
     def encode(self, x: Float[Tensor, "*groups g"], p: Parameters, bits: int) -> UInt8[Tensor, "*groups g"]:
-        scale = p["scale"]
-        if not self.symmetric and self.zero == "real":
-            code = (x - p["zero"]) / torch.where(scale == 0, 1.0, scale)
-        else:
-            code = x / scale + self._middle(p, bits)
+        scale = divisor(p["scale"])
+        code = (x - p["zero"]) / scale if self._real else x / scale + self._middle(p, bits)
         return code.round().clamp(0, 2**bits - 1).to(torch.uint8)
 
     def decode(self, codes: UInt8[Tensor, "*groups g"], p: Parameters, bits: int) -> Float[Tensor, "*groups g"]:
         steps = codes.to(p["scale"].dtype)
-        if not self.symmetric and self.zero == "real":
+        if self._real:
             return steps * p["scale"] + p["zero"]
         return (steps - self._middle(p, bits)) * p["scale"]
+
+    def design(self, codes: UInt8[Tensor, "*groups g"], p: Parameters, bits: int) -> dict[str, Tensor]:
+        steps = codes.to(p["scale"].dtype)
+        if self._real:
+            return {"scale": steps[..., None], "zero": torch.ones_like(steps)[..., None]}
+        return {"scale": (steps - self._middle(p, bits))[..., None]}
+
+    @property
+    def _real(self) -> bool:
+        return not self.symmetric and self.zero == "real"
 
     def _middle(self, p: Parameters, bits: int) -> Tensor | float:
         """The code, not always whole, that stands for zero."""
@@ -141,59 +164,19 @@ class Uniform(Grid):
         return 0.5 if bits == 1 else 2.0 ** (bits - 1)
 
 
-class Scaled(Grid):
-    """A fixed list of numbers from -1 to 1, times the group's largest absolute weight."""
-
-    @abstractmethod
-    def levels(self, bits: int) -> Float[Tensor, " levels"]:
-        """The numbers, ascending, at most 2^bits of them, in float64."""
-
-    def slots(self, bits: int) -> dict[str, Slot]:
-        return {"scale": Slot()}
-
-    def fit(
-        self, x: Float[Tensor, "*groups g"], bits: int, weight: Float[Tensor, "*#groups g"] | None = None
-    ) -> dict[str, Float[Tensor, "*groups k"]]:
-        scale = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.sum(-1, keepdim=True)
-        return {"scale": torch.where(scale > 0, scale, 1.0)}
-
-    def encode(self, x: Float[Tensor, "*groups g"], p: Parameters, bits: int) -> UInt8[Tensor, "*groups g"]:
-        levels = self.levels(bits).to(x)
-        return torch.bucketize((x / p["scale"]).contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-
-    def decode(self, codes: UInt8[Tensor, "*groups g"], p: Parameters, bits: int) -> Float[Tensor, "*groups g"]:
-        levels = self.levels(bits).to(p["scale"])
-        return levels[codes.long().clamp_max(len(levels) - 1)] * p["scale"]
+def divisor(scale: Tensor) -> Tensor:
+    """The scale, or 1 where it is 0 and nothing is asked for but zero."""
+    return torch.where(scale == 0, 1.0, scale)
 
 
-@GRIDS.word("normal_float")
-@dataclass(frozen=True)
-class NormalFloat(Scaled):
-    """NF-b: quantiles of a normal distribution between -1 and 1, zero among them (QLoRA, arXiv 2305.14314)."""
-
-    OFFSET = 0.9677083
-
-    def levels(self, bits: int) -> Float[Tensor, " levels"]:
-        return normal_float(bits)
-
-
-@functools.cache
-def normal_float(bits: int) -> Float[Tensor, " levels"]:
-    """2^bits quantiles, one more above zero than below it."""
-    if bits == 1:
-        return torch.tensor([-1.0, 1.0], dtype=torch.float64)
-    half, ends = 2 ** (bits - 1), NormalFloat.OFFSET
-    below = torch.linspace(1 - ends, 0.5, half, dtype=torch.float64)
-    above = torch.linspace(0.5, ends, half + 1, dtype=torch.float64)
-    levels = torch.special.ndtri(torch.cat([below, above[1:]]))
-    return levels / levels[-1]
-
-
-@GRIDS.word("shift")
-@dataclass(frozen=True)
-class Shift(Scaled):
-    """Signed powers of two, 1, 1/2, 1/4, ... of the scale: multiplying is shifting. Zero is not among them."""
-
-    def levels(self, bits: int) -> Float[Tensor, " levels"]:
-        powers = 2.0 ** -torch.arange(2 ** (bits - 1), dtype=torch.float64)
-        return torch.cat([-powers, powers.flip(0)])
+def ends(
+    x: Float[Tensor, "*groups g"], weight: Float[Tensor, "*#groups g"] | None = None
+) -> tuple[Float[Tensor, "*groups 1"], Float[Tensor, "*groups 1"]]:
+    """The least and the largest number of every group, those of weight zero left out unless all are."""
+    if not x.shape[-1]:
+        return (x.sum(-1, keepdim=True),) * 2
+    if weight is None:
+        return x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    out = (weight == 0) & (weight > 0).any(-1, keepdim=True)
+    low, high = x.masked_fill(out, torch.inf), x.masked_fill(out, -torch.inf)
+    return low.amin(-1, keepdim=True), high.amax(-1, keepdim=True)

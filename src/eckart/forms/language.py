@@ -1,6 +1,6 @@
-"""The little language in which forms, metrics and allocators are written: `name(key=value, ...)`, `a + b`, `a @ b`.
+"""The little language of forms, metrics and allocators: `name(key=value, ...)`, `a + b`, `a @ b`, `a | b`.
 
-Text is parsed with Python's own grammar, of which only calls of registered names, literals and the two operators are
+Text is parsed with Python's own grammar, of which only calls of registered names, literals and the three operators are
 accepted; nothing is ever executed. Printing and parsing round-trip.
 """
 
@@ -18,6 +18,9 @@ from eckart.registry import suggest
 
 T = TypeVar("T")
 MAX_LENGTH, MAX_DEPTH = 4096, 32
+OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.MatMult: operator.matmul, ast.BitOr: operator.or_
+}  # fmt: skip
 
 
 class Vocabulary(Generic[T]):
@@ -68,14 +71,14 @@ class Vocabulary(Generic[T]):
             node = ast.Call(func=node, args=[], keywords=[])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             return self._call(node, node.func.id, text, depth)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.MatMult):
-            combine = operator.add if isinstance(node.op, ast.Add) else operator.matmul
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            combine = OPERATORS[type(node.op)]
             left, right = (self._build(side, text, depth + 1) for side in (node.left, node.right))
             try:
                 return combine(left, right)
             except TypeError:
                 raise ValueError(f"{self.kind}s cannot be combined with operators: {text!r}") from None
-        raise ValueError(f"cannot read {self.kind} {text!r}: expected name(key=value) terms joined by + or @")
+        raise ValueError(f"cannot read {self.kind} {text!r}: expected name(key=value) terms joined by +, @ or |")
 
     def _call(self, node: ast.Call, name: str, text: str, depth: int) -> T:
         known = {word: cls for vocabulary in (self, *self.settings) for word, cls in vocabulary.words.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 WORD = 8
@@ -45,3 +45,16 @@ def unpack(packed: UInt8[Tensor, "rows bytes"], bits: int, count: int) -> UInt8[
         words |= filled[..., i].to(torch.int64) << (8 * i)
     codes = torch.stack([(words >> (i * bits)) & (2**bits - 1) for i in range(WORD)], dim=-1)
     return codes.to(torch.uint8).view(rows, groups * WORD)[:, :count]
+
+
+def pack_wide(numbers: Int64[Tensor, "rows n"], bits: int) -> UInt8[Tensor, "rows bytes"]:
+    """The same for numbers of up to 63 bits."""
+    rows, n = numbers.shape
+    spread = (numbers[..., None] >> torch.arange(bits, device=numbers.device)) & 1
+    return pack(spread.to(torch.uint8).view(rows, n * bits), 1)
+
+
+def unpack_wide(packed: UInt8[Tensor, "rows bytes"], bits: int, count: int) -> Int64[Tensor, "rows count"]:
+    """The first `count` numbers of every row."""
+    spread = unpack(packed, 1, count * bits).view(packed.shape[0], count, bits)
+    return (spread.to(torch.int64) << torch.arange(bits, device=packed.device)).sum(-1)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from eckart.forms import kernels
 from eckart.forms.base import FORMS, Factored, Form, Shape, check_shape
 from eckart.forms.dense import Dense
-from eckart.forms.grids import Grid, Slot, Uniform
+from eckart.forms.grids import Grid, Uniform
 from eckart.forms.packing import pack, packed_width, unpack
-from eckart.forms.roundings import GroupParameters, Nearest, Rounding
+from eckart.forms.roundings import GroupParameters, Nearest, Rounding, Stored
 from eckart.linalg.weighting import PLAIN, Weighting
 
 LADDER = (2, 3, 4, 5, 6, 8)
@@ -46,28 +46,29 @@ class QuantizedMatrix(Factored):
     def forward(
         self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
     ) -> Float[Tensor, "*batch out"]:
-        return F.linear(x, self.dense(), bias)
+        return kernels.linear(self, x, bias)
 
     def dense(self) -> Float[Tensor, "out in"]:
-        return self._decoded(slice(None))
+        return self.decoded(slice(None))
 
     def rows(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
-        return self._decoded(ids.reshape(-1)).view(*ids.shape, self.shape[1])
+        return self.decoded(ids.reshape(-1)).view(*ids.shape, self.shape[1])
 
-    def _decoded(self, rows: slice | Tensor) -> Float[Tensor, "rows in"]:
+    def decoded(self, rows: slice | Tensor) -> Float[Tensor, "rows in"]:
+        """Some rows of the matrix."""
         at = Groups(self.form, self.shape[1])
-        p: GroupParameters = {}
-        for name, slot in self.form.grid.slots(at.bits).items():
+        p: dict[str, Tensor] = {}
+        for name, slot in at.slots.items():
             if slot.bits is None:
                 matrix = self.floats[name]
                 assert isinstance(matrix, Factored)
                 p[name] = matrix.dense().T[rows].unflatten(1, (at.count, slot.width))
         like = next(iter(p.values()))
-        for name, slot in self.form.grid.slots(at.bits).items():
+        for name, slot in at.slots.items():
             if slot.bits is not None:
                 codes = unpack(getattr(self, name)[rows], slot.bits, at.count * slot.width)
                 p[name] = codes.to(like.dtype).unflatten(1, (at.count, slot.width))
-        return at.decode(unpack(self.codes[rows], at.bits, at.width), p)
+        return at.decoded(unpack(self.codes[rows], at.bits, at.width), p)
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * self.shape[0] * self.shape[1]
@@ -131,9 +132,12 @@ class Quantized(Form):
     ) -> QuantizedMatrix:
         W = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
         at = Groups(self, W.shape[1], dtype or matrix.dtype)
-        codes, p = self.rounding.round(W, weighting, at)
-        floats, integers = at.stored(p)
-        return QuantizedMatrix(pack(codes, at.bits), floats, integers, (W.shape[0], W.shape[1]), self)
+        return self.assembled(*self.rounding.round(W, weighting, at), at)
+
+    def assembled(self, codes: UInt8[Tensor, "out in"], p: Stored, at: Groups) -> QuantizedMatrix:
+        """The module of codes and parameters that were chosen for it."""
+        shape = (codes.shape[0], codes.shape[1])
+        return QuantizedMatrix(pack(codes, at.bits), dict(p.floats), at.packed(p), shape, self)
 
 
 class Groups:
@@ -151,6 +155,11 @@ class Groups:
         self.form, self.grid, self.bits, self.width, self.dtype = form, form.grid, form.bits, width, dtype
         self.group = min(form.group or max(1, width), max(1, width))
         self.count = -(-width // self.group)
+        self.slots = self.grid.slots(self.bits)
+
+    @property
+    def rowwise(self) -> bool:
+        return isinstance(self.form.scales, Dense)
 
     def split(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows groups g"]:
         """Columns by groups; the last one is filled up with its last column, which moves neither end of its range."""
@@ -163,45 +172,55 @@ class Groups:
         """The inverse of `split`."""
         return x.flatten(-2)[..., : self.width]
 
-    def parameters(self, W: Float[Tensor, "out in"], weight: Float[Tensor, "#out in"] | None = None) -> GroupParameters:
-        """The grid's parameters, as they will be after storage."""
+    def inside(self, like: Tensor) -> Float[Tensor, "groups g"]:
+        """1 for the columns of the matrix, 0 for those that fill the last group."""
+        columns = torch.arange(self.count * self.group, device=like.device) < self.width
+        return columns.to(like.dtype).view(self.count, self.group)
+
+    def parameters(
+        self, W: Float[Tensor, "out in"], weight: Float[Tensor, "#out in"] | None = None, *, searched: bool = True
+    ) -> Stored:
+        """The grid's parameters for a matrix, as they will be after storage; without its search if so told."""
         if weight is not None:
-            weight = self.split(weight)
-            inside = torch.arange(self.count * self.group, device=W.device) < self.width
-            weight = weight * inside.view(self.count, self.group)
-        return self.restored(self.grid.fit(self.split(W), self.bits, weight), W.dtype)
+            weight = self.split(weight) * self.inside(weight)
+        grid = self.grid if searched else self.grid.unsearched
+        return self.stored(grid.fit(self.split(W), self.bits, weight))
 
-    def restored(self, p: GroupParameters, dtype: torch.dtype) -> GroupParameters:
-        """Parameters rounded as storage rounds them."""
-        return {name: self._float(value)[1].to(dtype) if self._slot(name).bits is None else value for name, value in p.items()}  # fmt: skip # noqa: E501
+    def stored(self, values: GroupParameters) -> Stored:
+        """Parameters rounded as storage rounds them, and the modules that hold those in floating point."""
+        floats: dict[str, Factored] = {}
+        found = dict(values)
+        for name, value in values.items():
+            if self.slots[name].bits is None:
+                floats[name] = self.form.scales.fit(value.flatten(1).T.contiguous(), dtype=self.dtype)
+                found[name] = floats[name].dense().detach().T.unflatten(1, tuple(value.shape[1:])).to(value.dtype)
+        return Stored(found, floats)
 
-    def stored(self, p: GroupParameters) -> tuple[dict[str, Factored], dict[str, Tensor]]:
-        """What a module holds of the parameters."""
-        floats = {name: self._float(value)[0] for name, value in p.items() if self._slot(name).bits is None}
-        integers = {
-            name: pack(value.flatten(1).to(torch.uint8), bits)
-            for name, value in p.items()
-            if (bits := self._slot(name).bits) is not None
+    def packed(self, p: Stored) -> dict[str, Tensor]:
+        """The parameters that are whole numbers, packed."""
+        return {
+            name: pack(p.values[name].flatten(1).to(torch.uint8), slot.bits)
+            for name, slot in self.slots.items()
+            if slot.bits is not None
         }
-        return floats, integers
 
-    def _slot(self, name: str) -> Slot:
-        return self.grid.slots(self.bits)[name]
+    def encode(self, W: Float[Tensor, "out in"], p: Stored) -> UInt8[Tensor, "out in"]:
+        return self.joined(self.grid.encode(self.split(W), p.values, self.bits))
 
-    def _float(self, value: Float[Tensor, "out groups k"]) -> tuple[Factored, Float[Tensor, "out groups k"]]:
-        matrix = self.form.scales.fit(value.flatten(1).T.contiguous(), dtype=self.dtype)
-        return matrix, matrix.dense().detach().T.unflatten(1, tuple(value.shape[1:]))
+    def decode(self, codes: UInt8[Tensor, "out in"], p: Stored) -> Float[Tensor, "out in"]:
+        return self.decoded(codes, p.values)
 
-    def encode(self, W: Float[Tensor, "out in"], p: GroupParameters) -> UInt8[Tensor, "out in"]:
-        return self.joined(self.grid.encode(self.split(W), p, self.bits))
-
-    def decode(self, codes: UInt8[Tensor, "out in"], p: GroupParameters) -> Float[Tensor, "out in"]:
-        return self.joined(self.grid.decode(self.split(codes), p, self.bits))
+    def decoded(self, codes: UInt8[Tensor, "out in"], values: GroupParameters) -> Float[Tensor, "out in"]:
+        """The matrix that codes stand for."""
+        return self.joined(self.grid.decode(self.split(codes), values, self.bits))
 
     def column(
-        self, w: Float[Tensor, " out"], j: int, p: GroupParameters
+        self, w: Float[Tensor, " out"], j: int, p: Stored
     ) -> tuple[UInt8[Tensor, " out"], Float[Tensor, " out"]]:
-        """Codes and numbers of column j."""
-        own = {name: value[:, j // self.group] for name, value in p.items()}
+        own = {name: value[:, j // self.group] for name, value in p.values.items()}
         codes = self.grid.encode(w[:, None], own, self.bits)
         return codes[:, 0], self.grid.decode(codes, own, self.bits)[:, 0]
+
+    def design(self, codes: UInt8[Tensor, "out in"], p: Stored) -> dict[str, Float[Tensor, "out groups g k"]]:
+        found = self.grid.design(self.split(codes), p.values, self.bits)
+        return {name: d * self.inside(d)[..., None] for name, d in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,30 +11,62 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from eckart.forms.base import FORMS
+from eckart.forms.base import FORMS, Factored
 from eckart.forms.language import Vocabulary
 from eckart.linalg.weighting import Weighting
+from eckart.linalg.whitening import gram_diagonal
 
 ROUNDINGS: Vocabulary[Rounding] = Vocabulary("rounding", within=FORMS)
-GroupParameters = dict[str, Float[Tensor, "out groups k"]]
+GroupParameters = Mapping[str, Float[Tensor, "out groups k"]]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The grid's parameters for every group, as they come back from storage.
+
+    Attributes:
+        values: name -> the numbers.
+        floats: name -> what holds those that are floating point.
+    """
+
+    values: GroupParameters
+    floats: Mapping[str, Factored]
 
 
 class Quantiser(Protocol):
-    """A grid with its bits and groups, applied to a whole matrix. Parameters come back as they will be stored."""
+    """A grid with its bits and groups, applied to a whole matrix."""
 
+    bits: int
     group: int
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether each row's parameters are stored for themselves, so that those of single rows can be replaced."""
+        ...
+
     def parameters(
-        self, W: Float[Tensor, "out in"], weight: Float[Tensor, "#out in"] | None = None
-    ) -> GroupParameters: ...
+        self, W: Float[Tensor, "out in"], weight: Float[Tensor, "#out in"] | None = None, *, searched: bool = True
+    ) -> Stored:
+        """Parameters that suit a matrix, whose entries of weight zero do not count."""
+        ...
 
-    def encode(self, W: Float[Tensor, "out in"], p: GroupParameters) -> UInt8[Tensor, "out in"]: ...
+    def stored(self, values: GroupParameters) -> Stored:
+        """Parameters, rounded as storage rounds them."""
+        ...
 
-    def decode(self, codes: UInt8[Tensor, "out in"], p: GroupParameters) -> Float[Tensor, "out in"]: ...
+    def encode(self, W: Float[Tensor, "out in"], p: Stored) -> UInt8[Tensor, "out in"]: ...
+
+    def decode(self, codes: UInt8[Tensor, "out in"], p: Stored) -> Float[Tensor, "out in"]: ...
 
     def column(
-        self, w: Float[Tensor, " out"], j: int, p: GroupParameters
-    ) -> tuple[UInt8[Tensor, " out"], Float[Tensor, " out"]]: ...
+        self, w: Float[Tensor, " out"], j: int, p: Stored
+    ) -> tuple[UInt8[Tensor, " out"], Float[Tensor, " out"]]:
+        """Codes and numbers of column j."""
+        ...
+
+    def design(self, codes: UInt8[Tensor, "out in"], p: Stored) -> dict[str, Float[Tensor, "out groups g k"]]:
+        """How the numbers depend on the floating point parameters; zero in columns that only fill the last group."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,7 +79,7 @@ class Rounding(ABC):
     @abstractmethod
     def round(
         self, W: Float[Tensor, "out in"], weighting: Weighting, quantiser: Quantiser
-    ) -> tuple[UInt8[Tensor, "out in"], GroupParameters]:
+    ) -> tuple[UInt8[Tensor, "out in"], Stored]:
         """Codes, and the parameters as stored, with a small || Lᵀ (W - decoded) R ||."""
 
 
@@ -57,66 +90,55 @@ class Nearest(Rounding):
 
     def round(
         self, W: Float[Tensor, "out in"], weighting: Weighting, quantiser: Quantiser
-    ) -> tuple[UInt8[Tensor, "out in"], GroupParameters]:
-        p = quantiser.parameters(W, weighting.importance((W.shape[0], W.shape[1])).to(W))
+    ) -> tuple[UInt8[Tensor, "out in"], Stored]:
+        p = quantiser.parameters(W, column_weights(W, weighting))
         return quantiser.encode(W, p), p
 
 
-@ROUNDINGS.word("gptq")
+@ROUNDINGS.word("stochastic")
 @dataclass(frozen=True)
-class GPTQ(Rounding):
-    """Column by column, each one's error moved into the columns not yet rounded (GPTQ, arXiv 2210.17323, algorithm 1).
+class Stochastic(Rounding):
+    """Up or down to one of the two neighbours on the grid, by chance, so that the expected number is the weight itself.
 
-    The grid's parameters are those of the matrix before (static groups), so that columns may be taken in any order
-    and no permutation is stored. Weights on outputs do not matter where they are diagonal, and are not used.
+    Weights beyond the grid go to its end.
 
     Args:
-        order: `activation` takes columns by descending weight, `given` as they stand.
-        damping: added to the diagonal of the weight on inputs, relative to its mean.
-        block: columns whose errors are moved on together; the result does not depend on it.
+        seed: of the draw; equal matrices are rounded equally.
     """
 
-    order: str = "activation"
-    damping: float = 0.01
-    block: int = 128
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.order not in ("activation", "given"):
-            raise ValueError(f"gptq(order={self.order!r}): it is 'activation' or 'given'")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"stochastic(seed={self.seed!r}): the seed is a whole number")
 
     def round(
         self, W: Float[Tensor, "out in"], weighting: Weighting, quantiser: Quantiser
-    ) -> tuple[UInt8[Tensor, "out in"], GroupParameters]:
-        p = quantiser.parameters(W, weighting.importance((W.shape[0], W.shape[1])).to(W))
-        codes = torch.zeros(W.shape, dtype=torch.uint8, device=W.device)
-        columns, U = feedback(weighting.right.gram(W.shape[1]), self.order, self.damping)
-        rest = W.to(torch.promote_types(W.dtype, torch.float32)).clone()[:, columns]
-        U = U.to(rest)
-        for start in range(0, W.shape[1], self.block):
-            end = min(start + self.block, W.shape[1])
-            errors = rest.new_zeros(W.shape[0], end - start)
-            for i in range(start, end):
-                j = int(columns[i])
-                codes[:, j], value = quantiser.column(rest[:, i], j, p)
-                error = (rest[:, i] - value) / U[i, i]
-                rest[:, i:end] -= error[:, None] * U[i, i:end]
-                errors[:, i - start] = error
-            rest[:, end:] -= errors @ U[start:end, end:]
-        return codes, p
+    ) -> tuple[UInt8[Tensor, "out in"], Stored]:
+        p = quantiser.parameters(W, column_weights(W, weighting))
+        codes, other, share = neighbours(W, p, quantiser)
+        draw = torch.rand(W.shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        return torch.where(draw.to(W.device) < share, other, codes), p
 
 
-def feedback(C: Float[Tensor, "in in"], order: str, damping: float) -> tuple[Tensor, Float[Tensor, "in in"]]:
-    """The order of columns, and the upper Cholesky factor of the inverse of C in that order, in float64.
+def neighbours(
+    W: Float[Tensor, "out in"], p: Stored, quantiser: Quantiser
+) -> tuple[UInt8[Tensor, "out in"], UInt8[Tensor, "out in"], Float[Tensor, "out in"]]:
+    """The code of the nearest number, that of the next one on the weight's other side, and how far towards it it lies.
 
-    Inputs that are never active get the mean weight, so that their columns are rounded to nearest.
+    The way is from 0 to 1/2; it is 0 on a number of the grid and beyond its ends, where both codes are the same.
     """
-    C = C.double().clone()
-    diagonal = C.diagonal()
-    diagonal.copy_(torch.where(diagonal > 0, diagonal, 1.0 if not bool((diagonal > 0).any()) else diagonal.mean()))
-    columns = torch.arange(C.shape[0], device=C.device)
-    if order == "activation":
-        columns = diagonal.sort(descending=True, stable=True).indices
-    diagonal.add_(damping * diagonal.mean() if C.shape[0] else 0.0)
-    C = C[columns][:, columns]
-    L = torch.linalg.cholesky(C)
-    return columns, torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)
+    codes = quantiser.encode(W, p)
+    value = quantiser.decode(codes, p)
+    step = torch.where(value == W, 0, torch.where(value < W, 1, -1))
+    other = (codes + step).clamp(0, 2**quantiser.bits - 1).to(torch.uint8)
+    way = quantiser.decode(other, p) - value
+    share = torch.where(way == 0, 0.0, (W - value) / torch.where(way == 0, 1.0, way)).clamp(0, 0.5)
+    return codes, torch.where(share > 0, other, codes), share
+
+
+def column_weights(W: Float[Tensor, "out in"], weighting: Weighting) -> Float[Tensor, "#out in"]:
+    """How much single errors count within a row, couplings left out: weights of whole rows do not matter to a grid."""
+    if weighting.each is not None:
+        return weighting.each.to(W)
+    return gram_diagonal(weighting.right, W.shape[1]).to(W)[None]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eckart.linalg.whitening import IdentityRoot, Root, psd_root
+from eckart.linalg.whitening import IdentityRoot, Root, gram_diagonal, psd_root
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Weighting:
         """How much the square of a single error counts, couplings left out: F, or the diagonals' outer product."""
         if self.each is not None:
             return self.each
-        return self.left.gram(shape[0]).diagonal()[:, None] * self.right.gram(shape[1]).diagonal()
+        return gram_diagonal(self.left, shape[0])[:, None] * gram_diagonal(self.right, shape[1])
 
     def unapply_left(self, M: Float[Tensor, "a k"]) -> Float[Tensor, "out k"]:
         """L⁻ᵀ M."""

@@ -93,6 +93,19 @@ class EigenRoot:
         return S @ S.T
 
 
+def gram_diagonal(root: Root, n: int) -> Float[Tensor, " n"]:
+    """The diagonal of C in float64, without the whole of it where the root is one of these."""
+    if isinstance(root, IdentityRoot):
+        return torch.ones(n, dtype=torch.float64)
+    if isinstance(root, DiagonalRoot):
+        return root.d.double().square()
+    if isinstance(root, TriangularRoot):
+        return root.S.double().square().sum(1)
+    if isinstance(root, EigenRoot):
+        return (root.Q.double() * root.scale.double()).square().sum(1)
+    return root.gram(n).diagonal()
+
+
 class Damped(UserWarning):
     """A weight needed more damping than was asked for."""
 

@@ -1,0 +1,219 @@
+"""Groups of weights as a length and a direction, which is a point of the pyramid lattice: no table is stored."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from eckart.forms.algebra import thin
+from eckart.forms.base import FORMS, Factored, Form, Shape, check_shape, empty, stored
+from eckart.forms.gptq import GPTQ
+from eckart.forms.packing import pack, pack_wide, packed_width, unpack, unpack_wide
+from eckart.linalg.kmeans1d import kmeans1d
+from eckart.linalg.pyramid import MOST_BITS, MOST_PULSES, index_bits, index_of, nearest_point, point_of
+from eckart.linalg.weighting import PLAIN, Weighting
+from eckart.linalg.whitening import IdentityRoot
+
+RUNGS = 12
+
+
+class PyramidMatrix(Factored):
+    """The number of every group's lattice point, a code for its length, and a scale for every row.
+
+    Attributes:
+        points: (out, bytes) packed numbers of `bits` bits.
+        gains: (out, bytes) packed codes.
+        norms: (out,).
+    """
+
+    points: Tensor
+    gains: Tensor
+    form: Pyramid
+
+    def __init__(
+        self, points: UInt8[Tensor, "out a"], gains: UInt8[Tensor, "out b"], norms: nn.Parameter, shape: Shape,
+        form: Pyramid,
+    ):  # fmt: skip
+        super().__init__()
+        self.register_buffer("points", points)
+        self.register_buffer("gains", gains)
+        self.norms, self.shape, self.form = norms, shape, form
+
+    def forward(
+        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
+    ) -> Float[Tensor, "*batch out"]:
+        return F.linear(x, self.dense(), bias)
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return self._decoded(slice(None))
+
+    def rows(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
+        return self._decoded(ids.reshape(-1)).view(*ids.shape, self.shape[1])
+
+    def _decoded(self, rows: slice | Tensor) -> Float[Tensor, "rows in"]:
+        at, norms = self.form.layout(self.shape), self.norms[rows]
+        index = unpack_wide(self.points[rows], at.bits, at.groups)
+        directions = unit(point_of(index, at.group, at.pulses)).to(norms.dtype)
+        gains = at.levels.to(norms)[unpack(self.gains[rows], self.form.gain_bits, at.groups).long()]
+        return (directions * (gains * norms[:, None])[..., None]).flatten(1)[:, : self.shape[1]]
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a closed form is on one shape: columns of a group, groups of a row, pulses, bits of a point's number."""
+
+    width: int
+    group: int
+    groups: int
+    pulses: int
+    bits: int
+    gain_bits: int
+
+    @property
+    def levels(self) -> Float[Tensor, " levels"]:
+        """Lengths of groups, in norms of their row."""
+        return gain_levels(self.gain_bits, self.group, self.width)
+
+    def split(self, x: Float[Tensor, "out in"]) -> Float[Tensor, "out groups g"]:
+        """Columns by groups, the last one filled up with zeros."""
+        return F.pad(x, (0, self.groups * self.group - self.width)).unflatten(1, (self.groups, self.group))
+
+
+@FORMS.word("pyramid")
+@dataclass(frozen=True)
+class Pyramid(Form):
+    """Groups of weights by shape and gain (pyramid vector quantisation, arXiv 2410.16926).
+
+    A group's direction is the nearest of all integer points whose absolute values add up to `pulses`, kept as its
+    number among them; its length is one of 2^gain_bits shares of the row's norm, placed by the law that they follow
+    where the row's direction is uniform (a square root of a Beta variable), zero among them. A weight on inputs is
+    met by error feedback from group to group, and by the length that is best under it.
+
+    Args:
+        pulses: None is decided by the budget.
+        group: consecutive columns, the last group filled up with zeros. All points of a group must be numbered in 62
+            bits: up to 3.9 bits a weight in groups of 16, more in smaller ones.
+        gain_bits: of a group's length.
+        damping: added to the diagonal of the weight on inputs, relative to its mean.
+    """
+
+    pulses: int | None = None
+    group: int = 16
+    gain_bits: int = 4
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.pulses is not None and (not isinstance(self.pulses, int) or not 1 <= self.pulses <= MOST_PULSES):
+            raise ValueError(f"pyramid(pulses={self.pulses!r}): a point has 1 to {MOST_PULSES} pulses")
+        if not isinstance(self.group, int) or not 1 <= self.group <= 64:
+            raise ValueError(f"pyramid(group={self.group!r}): a group has 1 to 64 columns")
+        if not isinstance(self.gain_bits, int) or not 1 <= self.gain_bits <= 8:
+            raise ValueError(f"pyramid(gain_bits={self.gain_bits!r}): a length has 1 to 8 bits")
+        GPTQ(damping=self.damping)  # which refuses what is no damping
+
+    @property
+    def open(self) -> bool:
+        return self.pulses is None
+
+    def layout(self, shape: Shape) -> Layout:
+        """Raises `ValueError` where points cannot be numbered."""
+        if self.pulses is None:
+            raise ValueError(f"{self} has no pulses yet: give them, or a budget that decides them")
+        group = min(self.group, max(1, shape[1]))
+        bits = index_bits(group, self.pulses)
+        if bits > MOST_BITS:
+            raise ValueError(f"{self}: points in groups of {group} need {bits} bits, the most is {MOST_BITS}: take fewer pulses or smaller groups")  # fmt: skip # noqa: E501
+        return Layout(shape[1], group, -(-shape[1] // group), self.pulses, bits, self.gain_bits)
+
+    def ladder(self, shape: Shape) -> list[Form]:
+        if not self.open:
+            return [self]
+        group = min(self.group, max(1, shape[1]))
+        pulses = {bits: k for k in range(1, MOST_PULSES + 1) if (bits := index_bits(group, k)) <= MOST_BITS}
+        return thin([replace(self, pulses=k) for _, k in sorted(pulses.items())], RUNGS)
+
+    def build(self, shape: Shape, *, dtype: torch.dtype | None = None, device: str | None = None) -> PyramidMatrix:
+        check_shape(shape, self)
+        at, out = self.layout(shape), shape[0]
+        points = torch.empty(out, packed_width(at.groups, at.bits), dtype=torch.uint8, device=device)
+        gains = torch.empty(out, packed_width(at.groups, self.gain_bits), dtype=torch.uint8, device=device)
+        return PyramidMatrix(points, gains, empty(out, dtype=dtype, device=device), shape, self)
+
+    def fit(
+        self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
+    ) -> PyramidMatrix:
+        W = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
+        shape = (W.shape[0], W.shape[1])
+        at = self.layout(shape)
+        y = nearest_point(at.split(W), at.pulses)
+        codes, norms = self._gains(W, y, at, dtype or matrix.dtype)
+        if not isinstance(weighting.right, IdentityRoot) and W.numel():
+            y, codes = self._swept(W, norms.detach().to(W), weighting, at)
+        points = pack_wide(index_of(y, at.pulses), at.bits)
+        return PyramidMatrix(points, pack(codes, self.gain_bits), norms, shape, self)
+
+    def _gains(self, W: Tensor, y: Tensor, at: Layout, dtype: torch.dtype) -> tuple[Tensor, nn.Parameter]:
+        """The best lengths for directions, and the best norms for these."""
+        wanted = (at.split(W) * unit(y).to(W)).sum(-1)
+        levels, norms = at.levels.to(W), W.square().sum(1).sqrt()
+        for _ in range(2):
+            held = stored(norms, dtype)
+            codes = nearest_level(wanted, held.detach().to(W), levels)
+            gains = levels[codes.long()]
+            energy = gains.square().sum(1)
+            norms = torch.where(energy > 0, (gains * wanted).sum(1) / torch.where(energy > 0, energy, 1.0), 0.0)
+        return codes, held
+
+    def _swept(self, W: Tensor, norms: Tensor, weighting: Weighting, at: Layout) -> tuple[Tensor, Tensor]:
+        """Points and lengths, group after group, each one's error moved into the groups not yet done."""
+        U = GPTQ("given", self.damping).feedback(weighting, at.width).U.to(W)
+        rest, levels = W.clone(), at.levels.to(W)
+        points = torch.zeros(W.shape[0], at.groups, at.group, dtype=torch.int64, device=W.device)
+        codes = torch.zeros(W.shape[0], at.groups, dtype=torch.uint8, device=W.device)
+        for j in range(at.groups):
+            start, end = j * at.group, min((j + 1) * at.group, at.width)
+            v, own = rest[:, start:end], U[start:end, start:end]
+            points[:, j] = nearest_point(F.pad(v, (0, at.group - v.shape[1])), at.pulses)
+            direction = unit(points[:, j]).to(W)[:, : v.shape[1]]
+            seen, aim = (torch.linalg.solve_triangular(own, t, upper=True, left=False) for t in (direction, v))
+            energy = seen.square().sum(1)
+            wanted = (seen * aim).sum(1) / torch.where(energy > 0, energy, 1.0)
+            codes[:, j] = nearest_level(wanted[:, None], norms, levels)[:, 0]
+            lengths = levels[codes[:, j].long()] * norms
+            error = aim - seen * lengths[:, None]
+            rest[:, end:] -= error @ U[start:end, end:]
+        return points, codes
+
+
+def unit(y: Int[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """Points on the unit sphere, in float32 or wider."""
+    x = y.to(torch.get_default_dtype())
+    return x / x.square().sum(-1, keepdim=True).sqrt().clamp_min(1.0)
+
+
+def nearest_level(
+    wanted: Float[Tensor, "out groups"], norms: Float[Tensor, " out"], levels: Float[Tensor, " levels"]
+) -> UInt8[Tensor, "out groups"]:
+    """Codes of lengths."""
+    shares = wanted / torch.where(norms > 0, norms, torch.inf)[:, None]
+    return torch.bucketize(shares.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
+@functools.lru_cache(maxsize=64)
+def gain_levels(bits: int, group: int, width: int) -> Float[Tensor, " levels"]:
+    """Zero, and 2^bits - 1 lengths of groups of a random vector of norm 1, least in mean squared error (Lloyd-Max).
+
+    The square of such a length follows Beta(group / 2, (width - group) / 2).
+    """
+    at = (torch.arange(2048, dtype=torch.float64) + 0.5) / 2048
+    law = (group - 1) * at.log() + (max(1, width - group) / 2 - 1) * (1 - at.square()).log()
+    levels = kmeans1d(at, 2**bits - 1, (law - law.max()).exp())
+    return torch.cat([levels.new_zeros(1), levels])
