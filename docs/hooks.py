@@ -22,6 +22,7 @@ ROOMS = {
     "jobs": "What the main job is made of: recipes, plans, the engine, solves, trials, resuming.",
     "compression": "The published methods, and the main job's verbs.",
     "evaluation": "Quality, size and speed, measured.",
+    "export": "Compressed models as other programs read them: PEFT, llama.cpp, ONNX.",
     "report": "One self-contained HTML page.",
     "cli": "The command line.",
     "testing": "Contract tests for forms, metrics and allocators of your own.",
@@ -54,8 +55,8 @@ def catalogue() -> str:
             default = getattr(entry.cls(), f.name)
             lines.append(f"| `{f.name}` | `{default if default != '' else '(empty)'}` | {meanings.get(f.name, '')} |")
         lines.append("")
-    for title, words in (("Forms", FORMS), ("Metrics", METRICS), ("Allocators", ALLOCATORS)):
-        lines += [f"## {title}", "", "| word | settings | what it is |", "| --- | --- | --- |"]
+    for words in (FORMS, *FORMS.settings, METRICS, ALLOCATORS):
+        lines += [f"## {words.kind.capitalize()}s", "", "| word | settings | what it is |", "| --- | --- | --- |"]
         for name, cls in sorted(words.words.items()):
             settings = ", ".join(
                 f"{f.name}={f.default!r}" for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING

@@ -65,7 +65,7 @@ def autograd(model: nn.Module, batches: list[dict[str, Any]], names: list[str], 
             weight = model.get_submodule(name).weight.grad
             squares = (weight if isinstance(model.get_submodule(name), nn.Linear) else weight.T).double().square()
             g = outputs[name].grad.reshape(-1, squares.shape[0])[real.reshape(-1)].double()
-            sums = {"examples": 1.0, "fisher_in": squares.sum(0), "fisher_out": squares.sum(1),
+            sums = {"examples": 1.0, "fisher": squares, "fisher_in": squares.sum(0), "fisher_out": squares.sum(1),
                     "grad_tokens": float(len(g)), "grad_outer": g.T @ g}  # fmt: skip
             found[name].merge(Statistics({k: torch.as_tensor(v).double() for k, v in sums.items()}))
     for handle in handles:
@@ -78,7 +78,7 @@ def assert_same(found: dict[str, Statistics], expected: dict[str, Statistics], r
     for name, statistics in found.items():
         assert statistics.sums.keys() == expected[name].sums.keys()
         for key, value in statistics.sums.items():
-            reference = expected[name].sums[key]
+            reference = expected[name].sums[key].double()
             scale = float(reference.abs().max())
             assert scale > 0
             torch.testing.assert_close(value.double(), reference, rtol=rtol, atol=rtol * scale, msg=f"{name} {key}")

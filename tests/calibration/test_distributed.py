@@ -65,7 +65,8 @@ def test_two_processes_on_two_shards_are_one_pass(tmp_path: Path) -> None:
     assert ranks[0].keys() == ranks[1].keys() == whole.keys()
     for name, value in whole.items():
         assert torch.equal(ranks[0][name], ranks[1][name])
-        torch.testing.assert_close(ranks[0][name], value, rtol=1e-12, atol=1e-12 * float(value.abs().max()))
+        rounding = 1e-6 if value.dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(ranks[0][name], value, rtol=rounding, atol=rounding * float(value.abs().max()))
 
 
 def test_merged_shards_are_one_pass() -> None:

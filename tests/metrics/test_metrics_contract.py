@@ -9,6 +9,7 @@ from torch import Tensor
 from eckart.metrics import (
     METRICS,
     ActivationDiagonal,
+    Fisher,
     FisherRows,
     InputCovariance,
     Kronecker,
@@ -47,6 +48,9 @@ class TestMetrics(MetricContract):
             case FisherRows():
                 per_example = torch.stack([(g[e].T @ x[e]).square().sum(0) for e in range(len(x))])
                 found = (delta.square() * per_example.mean(0)).sum()
+            case Fisher():
+                each = torch.stack([(g[e].T @ x[e]).square() for e in range(len(x))]).mean(0)
+                found = (delta.square() * each).sum()
             case Kronecker():
                 inputs = centred if metric.centred else rows
                 found = (gradients @ delta @ inputs.T).square().mean()

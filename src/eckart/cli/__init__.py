@@ -208,6 +208,31 @@ def task_results(model: str, tasks: list[str] | None) -> dict[str, dict[str, Any
 
 
 @app.command()
+def export(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A compressed folder, or any MODEL.")],
+    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="peft, gguf or onnx.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The new folder.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse what the format cannot hold exactly.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a compressed model as PEFT, llama.cpp (GGUF) or onnxruntime read it."""
+    from eckart.export import export as write
+
+    with acting(as_json):
+        with Bars() as bars:
+            made = write(folder, to, output, strict=strict, progress=bars)
+        if as_json:
+            show_json(made.to_json())
+            return
+    out.print(
+        table(f"{made.target} in {made.folder}", ["layer", "held as"], [[*x] for x in made.layers.items()], left=2)
+    )
+    out.print(", ".join(f"{name} ({megabytes(size)})" for name, size in made.files.items()))
+    for line in made.notes:
+        out.print(f"[yellow]note:[/] {line}")
+
+
+@app.command()
 def report(
     folder: FolderArgument,
     output: Annotated[
@@ -219,6 +244,26 @@ def report(
 
     with acting():
         out.print(f"report: [bold]{model_report(folder, output).resolve()}[/]", soft_wrap=True)
+
+
+@app.command()
+def resize(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `compress -m bitstack` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The new folder.")],
+    budget: Annotated[str, typer.Option("--budget", "-b", help="0.8 of the folder as it is, 80MB, or 3.0bpw.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the new folder if it is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Drop blocks of a stacked model until it meets a smaller budget; nothing is fitted again."""
+    from eckart.compression.bitstack import resize as shorten
+
+    with acting(as_json):
+        result = shorten(folder, output, budget, overwrite=overwrite)
+        if as_json:
+            show_json(result.to_json())
+            return
+    _show_plan(result)
+    out.print(f"saved to [bold]{result.folder}[/]")
 
 
 @app.command()

@@ -13,8 +13,9 @@ from eckart.allocation import Allocator, Budget, as_allocator
 from eckart.calibration.data import Texts, load_texts, token_batches
 from eckart.calibration.stream import Batch
 from eckart.calibration.tokens import Tokens
-from eckart.checkpoint.hf import EckartConfig, describe, reconfigure
+from eckart.checkpoint.hf import EckartConfig, describe, reconfigure, tie
 from eckart.checkpoint.source import Source, resolve
+from eckart.checkpoint.ties import shared
 from eckart.downloads import Progress, silent
 from eckart.forms import Form, as_form
 from eckart.jobs.engine import batches_aside, run_in_memory
@@ -116,7 +117,10 @@ def _remember(model: Any, words: dict[str, Any]) -> None:
     before = getattr(model.config, "quantization_config", None)
     history = list(before.history) if isinstance(before, EckartConfig) else []
     history.append({**words, "versions": versions()})
-    model.config.quantization_config = EckartConfig(describe(model), history=history)
+    ties = shared(model)
+    for name, other in ties.items():
+        tie(model, name, other)
+    model.config.quantization_config = EckartConfig(describe(model), ties, history)
 
 
 def compress_to(

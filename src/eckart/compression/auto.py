@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from eckart.allocation import BudgetError, Optimal
+from eckart.allocation import BudgetError, Uniform
 from eckart.calibration.calibrate import Request
+from eckart.compression.mixed import Mixed
 from eckart.compression.modegpt import MoDeGPT
 from eckart.compression.slicegpt import SliceGPT
+from eckart.forms import Quantized
 from eckart.jobs.plan import Layer, Plan
 from eckart.jobs.recipe import Job, Method, Recipe
-from eckart.metrics import Kronecker
+from eckart.metrics import Plain
 from eckart.registry import method
+
+NEGLIGIBLE = 1e-3
+"""Nats per token that nobody would notice."""
+
+
+def simple() -> Method:
+    """What needs no calibration and loses next to nothing, where the budget allows it."""
+    return Recipe(form=Quantized(bits=8), metric=Plain(), allocation=Uniform())
 
 
 def candidates() -> tuple[Method, ...]:
     """What `auto` chooses among, the most promising first."""
-    return (
-        Recipe(metric=Kronecker(), allocation=Optimal("error")),
-        MoDeGPT(),
-        SliceGPT(),
-    )
+    return (simple(), Mixed(), MoDeGPT(), SliceGPT())
 
 
 @method("auto", family="mixture", paper="eckart's own")
@@ -32,8 +38,8 @@ def candidates() -> tuple[Method, ...]:
 class Auto(Method):
     """The candidate whose plan loses least on calibration text that no statistics saw.
 
-    The first candidate weights errors on both sides by Kronecker-factored curvature and spends the budget where the
-    loss, to second order, falls most for a byte; the others are what published methods would do.
+    Where eight bits a weight fit the budget and are measured to lose next to nothing, that is all. Else forms are
+    mixed layer by layer (see `Mixed`), and the plans of methods that change the model's widths are tried beside that.
     """
 
     @property
@@ -54,6 +60,19 @@ class Auto(Method):
             able.append(candidate)
         return able
 
+    def at_once(self, job: Job) -> Plan | None:
+        if job.trial is None:
+            return None
+        try:
+            plan = simple().plan(job)
+        except BudgetError:
+            return None
+        lost = job.trial(simple(), plan, measure="divergence")
+        if not lost <= NEGLIGIBLE:
+            return None
+        plan.extra |= {"candidate": 0, "chosen": label(simple()), "tried": {label(simple()): lost}}
+        return replace(plan, statistics=False)
+
     def plan(self, job: Job) -> Plan:
         if job.trial is None:
             raise ValueError("auto measures plans on calibration text: it needs batches with input_ids")
@@ -67,10 +86,12 @@ class Auto(Method):
             except BudgetError as e:
                 impossible.append(str(e))
                 continue
-            loss = job.trial(candidate, plan)
+            loss = job.trial(candidate, plan, measure="divergence")
             tried[label(candidate)] = loss
             if best is None or loss < best[0] or math.isnan(best[0]):
                 best = (loss, i, plan)
+            if loss <= NEGLIGIBLE:
+                break
         if best is None:
             raise BudgetError("; ".join(impossible))
         best[2].extra |= {"candidate": best[1], "chosen": label(candidates()[best[1]]), "tried": tried}
@@ -85,6 +106,8 @@ class Auto(Method):
 
 def label(candidate: Method) -> str:
     """What to call a candidate in a report."""
+    if isinstance(candidate, Mixed):
+        return "mixed"
     if isinstance(candidate, Recipe) and not candidate.key:
         return f"{candidate.form}, {candidate.metric}, {candidate.allocation}"
     return candidate.key

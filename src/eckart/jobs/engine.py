@@ -21,6 +21,7 @@ from eckart.calibration.stream import Batch, Stream, fast_products
 from eckart.calibration.subject import InMemory, Subject, block_names, outside
 from eckart.checkpoint.folder import part_state
 from eckart.checkpoint.layout import Layout, layout_of
+from eckart.checkpoint.ties import tied_keys
 from eckart.downloads import Progress, silent
 from eckart.jobs.plan import Layer, Plan
 from eckart.jobs.recipe import Job, Method
@@ -106,13 +107,16 @@ class Engine:
         """Calibrate where the method needs it, and decide. Nothing of the model is changed."""
         found = self.persistence.load_plan()
         if found is not None:
-            if not self.method.sequential or self.request.gradients:
+            if found[0].statistics and (not self.method.sequential or self.request.gradients):
                 self._calibrate("again")  # does nothing, unless the statistics were removed since
             self.job.influence = found[1]
             return found[0]
-        self._calibrate("hidden")
         with self._timed("plan"), torch.no_grad():
-            plan = self.method.plan(self.job)
+            early = self.method.at_once(self.job)
+        if early is None:
+            self._calibrate("hidden")
+        with self._timed("plan"), torch.no_grad():
+            plan = early or self.method.plan(self.job)
         plan.peak_memory = self._peak_memory()
         if self.method.sequential:
             plan.seconds += 2 * self.seconds.get("calibrate", 0.0)
@@ -216,18 +220,13 @@ def batches_aside(count: int) -> int:
 def part_layouts(subject: Subject, blocks: list[str]) -> dict[int, Layout]:
     """The tensors of every part as they are stored, tied ones once, without loading any."""
     model = subject.model
-    tied = tied_names(model)
+    tied = tied_keys(model)
     layouts: dict[int, Layout] = {}
     for part in [*range(len(blocks)), OUTSIDE]:
         names = outside(model, blocks) if part == OUTSIDE else [blocks[part]]
         state = part_state(model, names, tied, subject.storage_dtype)
         layouts[part] = layout_of({k.removeprefix("."): t for k, t in state.items()})  # the model's own name is empty
     return layouts
-
-
-def tied_names(model: nn.Module) -> set[str]:
-    """Names of parameters that are stored under another name."""
-    return set(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def run_in_memory(model: nn.Module, method: Method, budget: Budget, batches: Sequence[Batch], **settings: Any) -> Run:

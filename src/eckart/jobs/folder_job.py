@@ -28,9 +28,10 @@ from eckart.checkpoint.folder import Folder, Output, part_state, read_config
 from eckart.checkpoint.hf import FORMAT, METHOD, describe, reconfigure
 from eckart.checkpoint.layout import save_json
 from eckart.checkpoint.source import Source
+from eckart.checkpoint.ties import shared, tied_keys
 from eckart.downloads import Progress, silent
 from eckart.jobs.card import model_card
-from eckart.jobs.engine import Engine, Persistence, tied_names
+from eckart.jobs.engine import Engine, Persistence
 from eckart.jobs.place import MODEL, Place
 from eckart.jobs.plan import Layer, Plan, layers_from_json
 from eckart.jobs.recipe import Method
@@ -50,6 +51,7 @@ class Disk(Persistence):
         self.names = [*([block] for block in blocks), outside(folder.model, blocks)]
         self.output = Output(work / MODEL, len(self.names))
         self.stand_ins: dict[str, Any] = {}
+        self.tied: dict[str, str] = {}
 
     def load_plan(self) -> tuple[Plan, list[float]] | None:
         path = self.work / "plan.json"
@@ -72,15 +74,18 @@ class Disk(Persistence):
             return None
         data = json.loads(self._record(part).read_text(encoding="utf-8"))
         self.stand_ins.update(data["modules"])
+        self.tied.update(data["tied"])
         return layers_from_json(data["layers"])
 
     def finish_part(self, part: int, layers: list[Layer]) -> None:
         model, names = self.folder.model, self.names[self._index(part)]
-        state = part_state(model, names, tied_names(model), self.folder.storage_dtype)
+        state = part_state(model, names, tied_keys(model), self.folder.storage_dtype)
         self.output.write(self._index(part), state)
         modules = {f"{n}.{k}".rstrip("."): v for n in names for k, v in describe(model.get_submodule(n)).items()}
         self.stand_ins.update(modules)
-        save_json({"modules": modules, "layers": [asdict(layer) for layer in layers]}, self._record(part))
+        tied = shared(model)
+        self.tied.update(tied)
+        save_json({"modules": modules, "tied": tied, "layers": [asdict(layer) for layer in layers]}, self._record(part))
         for name in names:
             release(model.get_submodule(name))
 
@@ -131,7 +136,7 @@ def compress_folder(
         reconfigure(folder.model, changes)
         run = engine.fit(plan)
         result = Result.of_run(run, settings)
-        config = _config(source, folder, disk.stand_ins, settings) | changes
+        config = _config(source, folder, disk, settings) | changes
         files = {
             "eckart.json": json.dumps(record(result, source, config), indent=1, ensure_ascii=False) + "\n",
             "README.md": model_card(result, source, config),
@@ -182,13 +187,14 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _config(source: Source, folder: Folder, modules: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def _config(source: Source, folder: Folder, disk: Disk, settings: dict[str, Any]) -> dict[str, Any]:
     config = read_config(source.folder)
     config["dtype"] = str(folder.storage_dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
     history = [{**settings, "versions": versions()}]
-    ordered = {name: modules[name] for name in sorted(modules)}
-    config["quantization_config"] = {"quant_method": METHOD, "format": FORMAT, "modules": ordered, "history": history}
+    ordered = {name: disk.stand_ins[name] for name in sorted(disk.stand_ins)}
+    described = {"modules": ordered, "tied": disk.tied, "history": history}
+    config["quantization_config"] = {"quant_method": METHOD, "format": FORMAT, **described}
     return config
 
 

@@ -59,6 +59,7 @@ class Plan:
         budget: bytes that were allowed.
         seconds: expected for the fit that follows.
         peak_memory: expected, in bytes above what the process holds before it starts.
+        statistics: whether the fit needs any.
         extra: what a method keeps for itself.
     """
 
@@ -68,6 +69,7 @@ class Plan:
     budget: int
     seconds: float = 0.0
     peak_memory: int = 0
+    statistics: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
 
     def of(self, part: int) -> list[Layer]:

@@ -5,26 +5,41 @@ from __future__ import annotations
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from eckart.allocation import Allocator, Budget, BudgetError, Problem, Uniform
+from eckart.allocation.base import Fitness
 from eckart.calibration.calibrate import Request
 from eckart.calibration.store import OUTSIDE
 from eckart.calibration.subject import Subject, outside
 from eckart.checkpoint.layout import Layout, file_bytes, layout_of
+from eckart.checkpoint.ties import share, sharers
 from eckart.forms import Curve, Dense, Form, LowRank, drop_in, parse
 from eckart.forms.base import Shape
 from eckart.forms.layers import kind_of, matrix_of, matrix_shape
+from eckart.jobs.fits import Fits
 from eckart.jobs.plan import Layer, Plan, join_notes, sample_spectrum
-from eckart.jobs.solve import Executor, Task, curve, fit
+from eckart.jobs.solve import Executor, Fitted, Task, curve, fit
 from eckart.metrics import InputCovariance, Metric, Plain, Statistics
 from eckart.metrics.row_frequencies import RowFrequencies
+
+
+class Tries(Protocol):
+    """Measures plans; see `Trial`."""
+
+    folder: Path
+
+    def __call__(
+        self, method: Method, plan: Plan, *, tokens: int | None = None, draw: int = 0, measure: str = "loss",
+        keep: bool = False,
+    ) -> float: ...  # fmt: skip
 
 
 @dataclass
@@ -44,6 +59,7 @@ class Job:
         trial: (method, plan) -> mean loss per token, on calibration text that no statistics saw, of the model as it
             would be after that plan; only for methods that ask to try plans.
         scratch: what methods keep in memory between their calls; empty again when a killed job is resumed.
+        fits: fitted layers of plans that were tried, while plans are tried that share them.
     """
 
     subject: Subject
@@ -55,8 +71,9 @@ class Job:
     executor: Executor
     progress: Callable[[str, int, int], None]
     seed: int
-    trial: Callable[[Method, Plan], float] | None = None
+    trial: Tries | None = None
     scratch: dict[Any, Any] = field(default_factory=dict)
+    fits: Fits | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -103,6 +120,10 @@ class Method(ABC):
     def request(self, model: nn.Module, blocks: list[str]) -> Request:
         """What must be measured first."""
 
+    def at_once(self, job: Job) -> Plan | None:
+        """A plan that needs no statistics, where one is good enough: it saves the calibration."""
+        return None
+
     @abstractmethod
     def plan(self, job: Job) -> Plan:
         """What to do with every layer. Nothing is changed."""
@@ -148,6 +169,10 @@ class Recipe(Method):
     def sequential(self) -> bool:
         return not self.one_shot and bool(self.metric.needs)
 
+    @property
+    def tries_plans(self) -> bool:
+        return self.allocation.needs_fitness
+
     def sites(self, model: nn.Module, blocks: list[str]) -> dict[int, list[str]]:
         """Part -> names of the targeted layers."""
         found: dict[int, list[str]] = {}
@@ -170,8 +195,12 @@ class Recipe(Method):
     def request(self, model: nn.Module, blocks: list[str]) -> Request:
         needs = self.metric.needs
         sites = self.sites(model, blocks) if needs else {}
+        probes = {
+            part: [n for n in names if self._stays(model, n) is None and self.metric_of(model, n).needs]
+            for part, names in sites.items()
+        }
         return Request(
-            probes={part: [n for n in names if self.stays(model, n) is None] for part, names in sites.items()},
+            probes={part: names for part, names in probes.items() if names},
             needs=needs,
             labels=self.metric.labels,
             influence=self.allocation.needs_influence,
@@ -181,44 +210,97 @@ class Recipe(Method):
         """Why a targeted layer stays dense under any budget; None where nothing is in the way."""
         return None
 
+    def _stays(self, model: nn.Module, name: str) -> str | None:
+        why, table = self.stays(model, name), kind_of(model.get_submodule(name)) == "embedding"
+        if why is None and table and self._centred(model, name) and sharers(model, name):
+            return "a head shares it, which has no place for the mean of its rows"
+        return why
+
     def form_of(self, model: nn.Module, name: str) -> Form:
         """The open form of one layer."""
         return self.form
+
+    def metric_of(self, model: nn.Module, name: str) -> Metric:
+        """The metric of one layer."""
+        return self.metric
 
     def plan(self, job: Job) -> Plan:
         started = time.perf_counter()
         curves, layers, staying = {}, {}, []
         sites = self.sites(job.model, job.blocks)
-        for done, part in enumerate(job.parts):
-            reasons = {name: self.stays(job.model, name) for name in sites.get(part, [])}
-            staying += [self._layer(job, n, part, f"left dense: {why}") for n, why in reasons.items() if why]
-            names = [name for name, why in reasons.items() if not why]
-            with job.subject.loaded(*names):
-                tasks = (self._task(job, name, part, str(self.form_of(job.model, name))) for name in names)
-                for name, (found, note) in zip(names, job.executor.map(curve, tasks), strict=True):
-                    curves[name] = self._with_bias(job, name, found)
-                    layers[name] = self._layer(job, name, part, note)
-            job.progress("plan", done + 1, len(job.parts))
+        for part, names in sites.items():
+            for name in names:
+                why = self._stays(job.model, name)
+                if why:
+                    staying.append(self._layer(job, name, part, f"left dense: {why}"))
+                else:
+                    layers[name] = self._layer(job, name, part, None)
         fixed = job.input_bytes - sum(layer.dense_bytes for layer in layers.values())
         total = job.budget.total(
             input_bytes=job.input_bytes, weights=count_weights(job), target_bytes=job.input_bytes - fixed
         )
+        rungs = self._rungs(job, layers)
+        self._check(job, total, Problem(rungs, 0).smallest + fixed + self._headers(job, layers, rungs, fixed))
+        for done, part in enumerate(job.parts):
+            names = [name for name in sites.get(part, []) if name in layers]
+            with job.subject.loaded(*names):
+                tasks = (self._task(job, name, part, str(self.form_of(job.model, name))) for name in names)
+                for name, (found, note) in zip(names, job.executor.map(curve, tasks), strict=True):
+                    curves[name] = self._with_bias(job, name, found)
+                    layers[name] = replace(layers[name], note=note)
+            job.progress("plan", done + 1, len(job.parts))
         problem = Problem(
-            curves,
+            self.judged(job, layers, curves),
             total - fixed - self._headers(job, layers, curves, fixed),
             {name: layer.part for name, layer in layers.items() if layer.part != OUTSIDE},
             job.influence,
+            self._fitness(job, layers, curves),
+            job.trial.folder / "search.json" if job.trial else None,
         )
-        if problem.smallest > problem.budget:
-            raise BudgetError(
-                f"the budget {job.budget} is {total} bytes; with {self.form} on these layers the smallest possible is "
-                f"{problem.smallest + total - problem.budget} bytes ({(problem.smallest + total - problem.budget) / job.input_bytes:.3f} of the input)"  # noqa: E501
-            )
+        self._check(job, total, problem.smallest + total - problem.budget)
         choice = self.allocation.choose(problem)
         planned = [self._planned(layers[name], curves[name], choice[name]) for name in layers]
         after = output_bytes(job, {layer.name: self._layout(job, layer) for layer in planned})
         seconds = 1.2 * (time.perf_counter() - started)
         return Plan([*planned, *staying], job.input_bytes, after, total, seconds)
+
+    def _check(self, job: Job, total: int, smallest: int) -> None:
+        """Raise `BudgetError` where the least possible output is above the budget."""
+        if smallest > total:
+            share = smallest / job.input_bytes
+            raise BudgetError(f"the budget {job.budget} is {total} bytes; with {self.form} on these layers the smallest possible is {smallest} bytes ({share:.3f} of the input)")  # fmt: skip # noqa: E501
+
+    def _rungs(self, job: Job, layers: Mapping[str, Layer]) -> dict[str, Curve]:
+        """The bytes that each layer's form can take, told before anything is fitted; errors are not known yet."""
+        known: dict[tuple[Form, Shape], Curve] = {}
+        found = {}
+        for name, layer in layers.items():
+            key = self.form_of(job.model, name), layer.shape
+            if key not in known:
+                rungs = [(f.nbytes(layer.shape, job.dtype), f) for f in key[0].ladder(layer.shape)]
+                paying = sorted((r for r in rungs if r[0] < layer.dense_bytes), key=lambda r: r[0])
+                forms, nbytes = [*(f for _, f in paying), Dense()], [*(n for n, _ in paying), layer.dense_bytes]
+                known[key] = Curve(forms, nbytes, [0.0] * len(forms), 0.0)
+            found[name] = self._with_bias(job, name, known[key])
+        return found
+
+    def judged(self, job: Job, layers: Mapping[str, Layer], curves: Mapping[str, Curve]) -> Mapping[str, Curve]:
+        """The curves as the allocation sees them: the same points, perhaps with other errors than the metric's."""
+        return curves
+
+    def _fitness(self, job: Job, layers: Mapping[str, Layer], curves: Mapping[str, Curve]) -> Fitness | None:
+        """How far the model's answers move after a choice, in nats per token; None where the allocation adds up."""
+        if not self.allocation.needs_fitness:
+            return None
+        trial = job.trial
+        if trial is None:
+            raise ValueError(f"{self.allocation} measures plans on calibration text: it needs batches with input_ids")
+
+        def fitness(choice: Mapping[str, int], tokens: int, draw: int) -> float:
+            plan = Plan([self._planned(layers[n], curves[n], i) for n, i in choice.items()], 0, 0, 0)
+            return trial(self, plan, tokens=tokens, draw=draw, measure="divergence", keep=True)
+
+        return fitness
 
     def _headers(self, job: Job, layers: Mapping[str, Layer], curves: Mapping[str, Curve], fixed: int) -> int:
         """Most bytes that names and shapes of new tensors add: with every layer at its dearest factored setting."""
@@ -226,13 +308,12 @@ class Recipe(Method):
         data = fixed + sum(layer.bytes for layer in dearest)
         return output_bytes(job, {layer.name: self._layout(job, layer) for layer in dearest}) - data
 
-    @property
-    def _centred(self) -> bool:
-        return getattr(self.metric, "centred", False)
+    def _centred(self, model: nn.Module, name: str) -> bool:
+        return getattr(self.metric_of(model, name), "centred", False)
 
     def _gains_bias(self, job: Job, name: str) -> bool:
         """Whether a layer without a bias gets one, for what the mean of its inputs loses."""
-        return self._centred and getattr(job.model.get_submodule(name), "bias", None) is None
+        return self._centred(job.model, name) and getattr(job.model.get_submodule(name), "bias", None) is None
 
     def _with_bias(self, job: Job, name: str, found: Curve) -> Curve:
         """The curve with the bytes of a new bias added to all points but the dense one."""
@@ -248,7 +329,9 @@ class Recipe(Method):
             return layout_of({k: v.to("meta", job.dtype) for k, v in module.state_dict().items()})
         own = layer.kind != "embedding" and getattr(module, "bias", None) is not None
         width = bias_width(layer.kind, layer.shape)
-        bias = torch.empty(width, dtype=job.dtype, device="meta") if own or self._centred else None
+        bias = (
+            torch.empty(width, dtype=job.dtype, device="meta") if own or self._centred(job.model, layer.name) else None
+        )
         matrix = form.build(layer.shape, dtype=job.dtype, device="meta")
         return layout_of(drop_in(module, matrix, bias).state_dict())
 
@@ -274,16 +357,17 @@ class Recipe(Method):
     def _task(self, job: Job, name: str, part: int, form: str) -> Task:
         module = job.model.get_submodule(name)
         matrix = matrix_of(module).detach()
-        statistics = job.statistics(name, part) if self.metric.needs else Statistics()
-        if kind_of(module) != "embedding" or not isinstance(self.metric, InputCovariance):
-            return Task(name, matrix, form, self.metric, statistics, job.dtype)
+        metric = self.metric_of(job.model, name)
+        statistics = job.statistics(name, part) if metric.needs else Statistics()
+        if kind_of(module) != "embedding" or not isinstance(metric, InputCovariance):
+            return Task(name, matrix, form, metric, statistics, job.dtype)
         mean = self._mean_row(job, name, part)
         matrix = matrix.double()  # rare rows are divided by their small weights
         return Task(name, matrix if mean is None else matrix - mean, form, RowFrequencies(), statistics, job.dtype)
 
     def _mean_row(self, job: Job, name: str, part: int) -> Float[Tensor, " dim"] | None:
         """The mean of the vectors looked up in a table, which its bias takes over when the metric is about the mean."""
-        if not self._centred:
+        if not self._centred(job.model, name):
             return None
         f = RowFrequencies().frequencies(job.statistics(name, part), name)
         return f @ matrix_of(job.model.get_submodule(name)).detach().double()
@@ -299,13 +383,18 @@ class Recipe(Method):
     def rewrite(self, job: Job, plan: Plan, part: int) -> list[Layer]:
         layers = plan.of(part)
         fitted = [layer for layer in layers if not isinstance(parse(layer.form), Dense)]
-        tasks = (self._task(job, layer.name, part, layer.form) for layer in fitted)
+
+        def made(some: list[Layer]) -> Iterator[Fitted]:
+            return job.executor.map(fit, (self._task(job, layer.name, part, layer.form) for layer in some))
+
+        found = made(fitted) if job.fits is None else job.fits.of(fitted, str(self.metric), job.dtype, made)
         done = {layer.name: layer.measured(0.0) for layer in layers}
-        for layer, result in zip(fitted, job.executor.map(fit, tasks), strict=True):
+        for layer, result in zip(fitted, found, strict=True):
             module = job.model.get_submodule(layer.name)
             bias = self._new_bias(job, layer, result.bias_shift)
             replacement = drop_in(module, result.module, None if bias is None else bias.detach().to(job.dtype))
             job.model.set_submodule(layer.name, replacement.requires_grad_(False))
+            share(job.model, layer.name)
             done[layer.name] = layer.measured(result.error, result.note)
         return list(done.values())
 

@@ -2,6 +2,7 @@
 
 from eckart.metrics.activation_diagonal import ActivationDiagonal
 from eckart.metrics.base import METRICS, Metric, as_metric
+from eckart.metrics.fisher import Fisher
 from eckart.metrics.fisher_rows import FisherRows
 from eckart.metrics.input_covariance import InputCovariance
 from eckart.metrics.kronecker import Kronecker
@@ -15,6 +16,7 @@ discover(__name__, __path__)
 __all__ = [
     "METRICS",
     "ActivationDiagonal",
+    "Fisher",
     "FisherRows",
     "InputCovariance",
     "Kronecker",

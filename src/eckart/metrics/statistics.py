@@ -15,7 +15,7 @@ TILE = 256
 """Rows of an outer product that are computed at a time."""
 
 INPUT_SUMS = frozenset({"x", "abs", "square", "outer"})
-GRADIENT_SUMS = frozenset({"fisher_in", "fisher_out", "grad_outer"})
+GRADIENT_SUMS = frozenset({"fisher", "fisher_in", "fisher_out", "grad_outer"})
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Statistics:
             `tokens` () rows seen, `x` (in,) their sum, `abs` (in,) of absolute values, `square` (in,) of squares,
             `outer` (in, in) of x xᵀ;
             `counts` (rows,) how often each row of a table was looked up, whose inputs are ids and not numbers;
-            `examples` () sequences seen by the backward pass, `fisher_in` (in,) and `fisher_out` (out,) squared
-            per-example gradients summed over the other side, `grad_tokens` () and `grad_outer` (out, out) of g gᵀ,
-            g being the gradient of the summed loss with respect to one output row.
+            `examples` () sequences seen by the backward pass, `fisher` (out, in) squared per-example gradients,
+            `fisher_in` (in,) and `fisher_out` (out,) the same summed over the other side, `grad_tokens` () and
+            `grad_outer` (out, out) of g gᵀ, g being the gradient of the summed loss with respect to one output row.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -59,10 +59,12 @@ class Statistics:
         """Add one example: inputs x of a layer and gradients g of the example's summed loss at its outputs."""
         x, g = (as_multiplied(t.detach().reshape(-1, t.shape[-1])) for t in (x, g))
         self._add("examples", torch.tensor(1.0, dtype=torch.float64))
-        if needs & {"fisher_in", "fisher_out"}:
+        if needs & {"fisher", "fisher_in", "fisher_out"}:
             squared = (g.T @ x).square()
             self._add("fisher_in", squared.sum(0, dtype=torch.float64))
             self._add("fisher_out", squared.sum(1, dtype=torch.float64))
+            if "fisher" in needs:
+                self._add("fisher", squared)  # in float32: as large as the weight itself
         if "grad_outer" in needs:
             self._add("grad_tokens", torch.tensor(float(g.shape[0]), dtype=torch.float64))
             self._add_outer("grad_outer", g)
@@ -99,7 +101,7 @@ class Statistics:
 
     def mean(self, name: str, where: str = "", dtype: torch.dtype | None = None) -> Tensor:
         """The sum called `name`, divided by what it counts. Raises `ValueError` that says what was not collected."""
-        counter = {"grad_outer": "grad_tokens", "fisher_in": "examples", "fisher_out": "examples"}.get(name, "tokens")
+        counter = "examples" if name.startswith("fisher") else "grad_tokens" if name == "grad_outer" else "tokens"
         if name not in self.sums or counter not in self.sums or float(self.sums[counter]) == 0:
             raise ValueError(f"{where or 'a layer'} has no statistics {name!r}: calibrate on data that reaches it")
         found = torch.empty_like(self.sums[name], dtype=dtype).copy_(self.sums[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
@@ -91,7 +92,11 @@ def problem_at(share: float) -> Problem:
     curves = {f"weight {i}": curve_of(shape, decay=0.3 * i, seed=i) for i, shape in enumerate(SHAPES)}
     blocks = {f"weight {i}": i // 2 for i in range(len(SHAPES) - 1)}
     total = sum(curve.nbytes[-1] for curve in curves.values())
-    return Problem(curves, int(share * total), blocks, [0.3, 0.05, 0.1])
+
+    def loss(choice: Mapping[str, int], tokens: int, draw: int) -> float:
+        return sum(curves[name].errors[i] / curves[name].energy for name, i in choice.items())
+
+    return Problem(curves, int(share * total), blocks, [0.3, 0.05, 0.1], loss)
 
 
 def curve_of(shape: Shape, decay: float, seed: int) -> Curve:

@@ -69,7 +69,8 @@ class MetricContract:
         weighting = weighting_of(metric, *samples())
         delta = gaussian(OUT, IN, seed=5, dtype=torch.float64)
         G, C = weighting.left.gram(OUT), weighting.right.gram(IN)
-        assert weighting.norm2(delta) == pytest.approx(float((G @ delta @ C * delta).sum()), rel=1e-9)
+        wanted = G @ delta @ C * delta if weighting.each is None else weighting.each * delta.square()
+        assert weighting.norm2(delta) == pytest.approx(float(wanted.sum()), rel=1e-9)
         assert weighting.norm2(3 * delta) == pytest.approx(9 * weighting.norm2(delta), rel=1e-9)
         assert weighting.norm2(0 * delta) == 0
 

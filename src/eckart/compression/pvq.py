@@ -1,0 +1,25 @@
+"""Groups of weights on the pyramid lattice, an implicit codebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from eckart.forms import Form
+from eckart.forms.pyramid import Pyramid
+from eckart.jobs.recipe import Recipe
+from eckart.metrics import InputCovariance, Metric
+from eckart.registry import method
+
+
+@method("pvq", family="quantised", paper="Pyramid Vector Quantization for LLMs, van der Ouderaa et al., 2024, arXiv 2410.16926")  # fmt: skip # noqa: E501
+@dataclass(frozen=True)
+class PVQ(Recipe):
+    """Directions of groups by their number on the pyramid lattice, lengths by the law of random rows.
+
+    Departs from the paper: weights are not rotated first, so that rows with heavy tails lose more than its figures say;
+    a group's points are numbered in 62 bits, which bounds its size; activations are not quantised.
+    """
+
+    form: Form = field(default_factory=Pyramid)
+    metric: Metric = field(default_factory=InputCovariance)
+    one_shot: bool = False

@@ -1,0 +1,52 @@
+"""Fitted layers on disk, for methods that try many plans which share most of their layers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from eckart.checkpoint.layout import save_tensors
+from eckart.forms import parse
+from eckart.jobs.plan import Layer
+from eckart.jobs.solve import Fitted
+
+
+class Fits:
+    """Modules by layer, form and metric. They come back as new modules, which a trial may convert as it likes.
+
+    Args:
+        folder: for their tensors; what else belongs to a fit stays in memory, so that a new process starts afresh.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.known: dict[str, Fitted] = {}
+
+    def of(
+        self,
+        layers: Sequence[Layer],
+        metric: str,
+        dtype: torch.dtype,
+        fitted: Callable[[list[Layer]], Iterable[Fitted]],
+    ) -> Iterator[Fitted]:
+        """The fits of `layers`, in order; those not yet known are made by `fitted`."""
+        missing = [layer for layer in layers if self._key(layer, metric) not in self.known]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for layer, made in zip(missing, fitted(missing), strict=True):
+            key = self._key(layer, metric)
+            save_tensors(made.module.state_dict(), self.folder / key)
+            made.module.to("meta")
+            self.known[key] = made
+        for layer in layers:
+            key = self._key(layer, metric)
+            module = parse(layer.form).build(layer.shape, dtype=dtype)
+            module.load_state_dict(load_file(self.folder / key))
+            yield Fitted(module, self.known[key].bias_shift, self.known[key].error, self.known[key].note)
+
+    def _key(self, layer: Layer, metric: str) -> str:
+        text = "\n".join((layer.name, layer.form, metric))
+        return hashlib.sha256(text.encode()).hexdigest()[:32] + ".safetensors"

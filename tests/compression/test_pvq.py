@@ -1,0 +1,17 @@
+"""Pyramid vector quantisation through models; its lattice and its lengths have tests of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quantised import check_method, correlated, heavy, lost
+
+
+def test_through_a_model(tmp_path: Path) -> None:
+    result = check_method("pvq", tmp_path)
+    assert any(layer.form.startswith("pyramid(pulses=") for layer in result.layers)
+
+
+def test_better_than_rounding_at_no_more_bits() -> None:
+    W, norm = heavy(), correlated()
+    assert lost(W, "pyramid(pulses=20)", norm) < 0.7 * lost(W, "quantized(bits=3, group=64)", norm)
