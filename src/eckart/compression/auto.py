@@ -19,8 +19,8 @@ from eckart.jobs.recipe import Job, Method, Recipe
 from eckart.metrics import Plain
 from eckart.registry import method
 
-NEGLIGIBLE = 1e-3
-"""Nats per token that nobody would notice."""
+NEGLIGIBLE = 3e-3
+"""Nats per token that are not worth a calibration: a third of a percent of the perplexity."""
 
 
 def simple() -> Method:
