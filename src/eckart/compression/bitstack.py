@@ -27,7 +27,7 @@ Step = tuple[str, int]
 Order = Callable[[Problem], Sequence[Step]]
 
 
-@method("bitstack", family="quantisation", paper="BitStack: Any-Size Compression of Large Language Models in Variable Memory Environments, Wang et al., ICLR 2025, arXiv 2410.23918")  # fmt: skip # noqa: E501
+@method("bitstack", family="quantised", paper="BitStack: Any-Size Compression of Large Language Models in Variable Memory Environments, Wang et al., ICLR 2025, arXiv 2410.23918")  # fmt: skip # noqa: E501
 @dataclass(frozen=True)
 class BitStack(Recipe):
     """Signs times low-rank magnitudes, block upon block, under activation scales; one order in which blocks are loaded.
