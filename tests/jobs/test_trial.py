@@ -135,3 +135,10 @@ def test_auto_takes_the_candidate_with_the_least_loss_on_text_set_aside(tmp_path
     lost = divergence_of(model, tiny.build("llama"), batches[-1:])
     assert lost == pytest.approx(tried[plan.extra["chosen"]], rel=1e-3)
     assert math.isfinite(lost)
+
+
+def test_a_model_without_logits_cannot_try_plans() -> None:
+    with pytest.raises(ValueError, match="BertModel puts out no logits, by which plans are tried"):
+        eckart.compress(
+            tiny.build("bert").bert, "rd_prune", budget="0.5 linears", data=tiny.batches((2,) * 8, length=12)
+        )

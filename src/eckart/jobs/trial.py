@@ -114,7 +114,9 @@ class Trial:
 
 def _logits(stream: Stream, batch: int) -> Tensor:
     last = stream.hidden(len(stream.blocks)).read(stream.shapes, batch)
-    found: Tensor = stream.finish(last, batch).logits
+    found: Tensor | None = getattr(stream.finish(last, batch), "logits", None)
+    if found is None:
+        raise ValueError(f"{type(stream.model).__name__} puts out no logits, by which plans are tried: use a method that tries none")  # fmt: skip # noqa: E501
     return found.float()
 
 
