@@ -222,7 +222,7 @@ def test_real_commands_killed_at_random_times(recipe: str, tmp_path: Path) -> No
                 process.wait(draw.uniform(0.35, 0.95) * seconds)
             except subprocess.TimeoutExpired:
                 process.kill()
-        if process.returncode == 0:
+        if out.exists():  # done before it was killed, if it was
             assert tiny.hashes(out) == expected
             shutil.rmtree(out)
             continue
