@@ -103,7 +103,7 @@ def test_tables_of_their_own_fit_columns_of_their_own() -> None:
 
 def test_error_falls_along_the_ladder() -> None:
     curve = Codebook(dim=2).curve(W, PLAIN, torch.float16)
-    assert [f.bits for f in curve.forms] == [2, 4, 6, 8, 10, 12]
+    assert [f.bits for f in curve.forms] == [2, 4, 6, 8, 10]  # a table of 4096 entries is larger than the matrix
     assert all(b < a for a, b in itertools.pairwise(curve.errors))
     assert curve.nbytes == sorted(curve.nbytes)
 

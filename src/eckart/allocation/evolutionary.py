@@ -200,7 +200,7 @@ class Evolutionary(Additive):
             raise ValueError("evolutionary allocation measures losses: give calibration text, or use dynamic_programming()")  # fmt: skip # noqa: E501
         starts = [allocator.choose(problem) for allocator in (DynamicProgramming(self.damage), Uniform())]
         points = {n: self._levels(curve, [start[n] for start in starts]) for n, curve in problem.curves.items()}
-        short = replace(problem, curves={n: _only(c, points[n]) for n, c in problem.curves.items()}, fitness=None)
+        short = replace(problem, curves={n: c.only(points[n]) for n, c in problem.curves.items()}, fitness=None)
         full = problem.fitness
 
         def fitness(choice: Mapping[str, int], tokens: int, draw: int) -> float:
@@ -229,14 +229,6 @@ class Evolutionary(Additive):
         best = front(np.asarray(curve.nbytes, dtype=np.float64), self.damages(curve))
         at = np.unique(np.linspace(0, len(best) - 1, min(self.levels, len(best))).round().astype(int))
         return sorted({*best[at].tolist(), *more}, key=lambda i: (curve.nbytes[i], -curve.errors[i]))
-
-
-def _only(curve: Curve, points: Sequence[int]) -> Curve:
-    """These points of a curve."""
-    return Curve(
-        [curve.forms[i] for i in points], [curve.nbytes[i] for i in points], [curve.errors[i] for i in points],
-        curve.energy,
-    )  # fmt: skip
 
 
 class Journal:

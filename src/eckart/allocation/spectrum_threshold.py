@@ -50,9 +50,3 @@ def normalise(values: torch.Tensor) -> torch.Tensor:
     """(s - min s) / (max s - min s); a constant spectrum becomes ones."""
     low, high = values.min(), values.max()
     return torch.ones_like(values) if high <= low else (values - low) / (high - low)
-
-
-def rank_reduction(spectra: dict[str, torch.Tensor], ranks: dict[str, int]) -> float:
-    """The share of all singular values that were dropped: the paper's effective rank reduction, in [0, 1]."""
-    total = sum(len(s) for s in spectra.values())
-    return sum(len(s) - min(len(s), ranks[name]) for name, s in spectra.items()) / max(1, total)

@@ -115,8 +115,7 @@ def _of_one_kind(layers: Mapping[str, Layer], curves: Mapping[str, Curve], kind:
     for name, curve in curves.items():
         own = [i for i, form in enumerate(curve.forms) if _kind(layers[name], form) == kind]
         if own:
-            part = Curve([curve.forms[i] for i in own], [curve.nbytes[i] for i in own], [curve.errors[i] for i in own], curve.energy)  # fmt: skip # noqa: E501
-            choice[name] = own[largest_within(part, share * layers[name].dense_bytes)]
+            choice[name] = own[largest_within(curve.only(own), share * layers[name].dense_bytes)]
         else:
             choice[name] = len(curve) - 1
     return choice

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eckart.forms.base import Curve, Factored, Form, Shape, check_shape
+from eckart.forms.base import Factored, Form, Shape, check_shape
 from eckart.forms.dense import Dense, widths
 from eckart.linalg.svd import truncated_svd
 from eckart.linalg.weighting import PLAIN, Weighting, weighted_lstsq_left, weighted_lstsq_right
@@ -117,14 +117,6 @@ class Sum(Form):
         start = {order[0]: alone[order[0]]}
         return SumMatrix(descend(self.terms, order, matrix, weighting, dtype, SWEEPS, start), self)
 
-    def curve(
-        self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
-    ) -> Curve:
-        """Cost and error at the rungs that cost less than the dense matrix, by fitting each."""
-        out, in_ = matrix.shape
-        rungs = [r for r in self.ladder((out, in_)) if r.nbytes((out, in_), dtype) < out * in_ * dtype.itemsize]
-        return fitted_curve(rungs, matrix, weighting, dtype, energy)
-
 
 def descend(
     terms: Sequence[Form], order: Sequence[int], matrix: Float[Tensor, "out in"], weighting: Weighting,
@@ -157,23 +149,6 @@ def descend(
             break
         before = error
     return best
-
-
-def fitted_curve(
-    rungs: Sequence[Form], matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype,
-    energy: float | None,
-) -> Curve:  # fmt: skip
-    """Cost and error of closed forms, by fitting each; cheapest first."""
-    shape = (matrix.shape[0], matrix.shape[1])
-    errors = [weighting.norm2(matrix - f.fit(matrix, weighting, dtype=dtype).dense().detach()) for f in rungs]
-    points = [(f.nbytes(shape, dtype), e, f) for f, e in zip(rungs, errors, strict=True)]
-    return sorted_curve(points, weighting.norm2(matrix) if energy is None else energy)
-
-
-def sorted_curve(points: Sequence[tuple[int, float, Form]], energy: float) -> Curve:
-    """A curve from (bytes, error, form) in any order."""
-    ordered = sorted(points, key=lambda p: p[:2])
-    return Curve([f for *_, f in ordered], [n for n, *_ in ordered], [e for _, e, _ in ordered], energy)
 
 
 @dataclass(frozen=True)

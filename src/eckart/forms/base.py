@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -57,6 +58,28 @@ class Factored(nn.Module, ABC):
         return f"{self.form}, shape={self.shape}"
 
 
+class DecodedMatrix(Factored):
+    """A matrix stored as something else than numbers, whose rows are made when they are wanted and never kept."""
+
+    @abstractmethod
+    def decoded(self, rows: slice | Int[Tensor, " rows"]) -> Float[Tensor, "rows in"]:
+        """Some rows of the matrix."""
+
+    def forward(
+        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
+    ) -> Float[Tensor, "*batch out"]:
+        return F.linear(x, self.dense(), bias)
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return self.decoded(slice(None))
+
+    def rows(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
+        return self.decoded(ids.reshape(-1)).view(*ids.shape, self.shape[1])
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.shape[0] * self.shape[1]
+
+
 @dataclass(frozen=True)
 class Curve:
     """What a matrix costs and loses at each setting of a form's dials, cheapest first.
@@ -77,6 +100,17 @@ class Curve:
 
     def __len__(self) -> int:
         return len(self.forms)
+
+    @classmethod
+    def of(cls, points: Iterable[tuple[int, float, Form]], energy: float, spectrum: Tensor | None = None) -> Curve:
+        """From (bytes, error, form) in any order."""
+        ordered = sorted(points, key=lambda p: p[:2])
+        return cls([f for *_, f in ordered], [n for n, *_ in ordered], [e for _, e, _ in ordered], energy, spectrum)
+
+    def only(self, points: Sequence[int]) -> Curve:
+        """These points, in this order."""
+        forms, nbytes = [self.forms[i] for i in points], [self.nbytes[i] for i in points]
+        return replace(self, forms=forms, nbytes=nbytes, errors=[self.errors[i] for i in points])
 
     @cached_property
     def by_cost(self) -> tuple[list[int], list[int]]:
@@ -142,14 +176,15 @@ class Form(ABC):
     def curve(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
     ) -> Curve:
-        """Cost and error at every rung of the ladder, by fitting each."""
-        shape = (matrix.shape[0], matrix.shape[1])
-        forms = self.ladder(shape)
-        errors = [weighting.norm2(matrix - f.fit(matrix, weighting, dtype=dtype).dense()) for f in forms]
-        nbytes = [f.nbytes(shape, dtype) for f in forms]
-        order = sorted(range(len(forms)), key=lambda i: (nbytes[i], errors[i]))
-        energy = weighting.norm2(matrix) if energy is None else energy
-        return Curve([forms[i] for i in order], [nbytes[i] for i in order], [errors[i] for i in order], energy)
+        """Cost and error at every rung of the ladder that costs less than the dense matrix, by fitting each."""
+        out, in_ = shape = (matrix.shape[0], matrix.shape[1])
+        costs = [(form.nbytes(shape, dtype), form) for form in self.ladder(shape)]
+        points = [
+            (nbytes, weighting.norm2(matrix - form.fit(matrix, weighting, dtype=dtype).dense().detach()), form)
+            for nbytes, form in costs
+            if nbytes < out * in_ * dtype.itemsize
+        ]
+        return Curve.of(points, weighting.norm2(matrix) if energy is None else energy)
 
 
 def parse(text: str) -> Form:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eckart.forms.base import FORMS, Factored, Form, Shape, check_shape, empty, stored
+from eckart.forms.base import FORMS, DecodedMatrix, Form, Shape, check_shape, empty, stored
 from eckart.forms.packing import pack, packed_width, unpack
 from eckart.linalg.kmeans import kmeans, nearest
 from eckart.linalg.weighting import PLAIN, Weighting
@@ -17,7 +17,7 @@ from eckart.linalg.weighting import PLAIN, Weighting
 LADDER = (2, 4, 6, 8, 10, 12)
 
 
-class CodebookMatrix(Factored):
+class CodebookMatrix(DecodedMatrix):
     """Every row in pieces of `dim` columns, the last one cut off where the row ends; each piece a row of a table.
 
     Attributes:
@@ -36,17 +36,6 @@ class CodebookMatrix(Factored):
         self.register_buffer("high", high)
         self.shape, self.form = shape, form
 
-    def forward(
-        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
-    ) -> Float[Tensor, "*batch out"]:
-        return F.linear(x, self.dense(), bias)
-
-    def dense(self) -> Float[Tensor, "out in"]:
-        return self._formed(slice(None))
-
-    def rows(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
-        return self._formed(ids.reshape(-1)).view(*ids.shape, self.shape[1])
-
     def codes(self, rows: slice | Tensor = slice(None)) -> Int[Tensor, "rows pieces"]:
         """The codes themselves."""
         at = Pieces(self.form, self.shape)
@@ -55,13 +44,10 @@ class CodebookMatrix(Factored):
             codes = codes | unpack(self.high[rows], at.bits - 8, at.count).long() << 8
         return codes
 
-    def _formed(self, rows: slice | Tensor) -> Float[Tensor, "rows in"]:
+    def decoded(self, rows: slice | Tensor) -> Float[Tensor, "rows in"]:
         at, codes = Pieces(self.form, self.shape), self.codes(rows)
         offset = at.table_of(codes.device) * self.table.shape[1]
         return F.embedding(codes + offset, self.table.flatten(0, 1)).flatten(1)[:, : self.shape[1]]
-
-    def flops(self, tokens: int) -> int:
-        return 2 * tokens * self.shape[0] * self.shape[1]
 
 
 @FORMS.word("codebook")

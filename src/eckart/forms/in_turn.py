@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eckart.forms.algebra import RUNGS_OF_A_SUM, SumMatrix, descend, fitted_curve, sorted_curve, thin
+from eckart.forms.algebra import RUNGS_OF_A_SUM, SumMatrix, descend, thin
 from eckart.forms.base import FORMS, Curve, Form, Shape
 from eckart.forms.low_rank import LowRank
 from eckart.forms.quantized import Quantized
@@ -68,12 +68,11 @@ class InTurn(Form):
     ) -> Curve:
         """Cost and error at every rung below the dense matrix. In one sweep, all rungs of the second term come from
         its own curve on what a rung of the first one leaves, which for low ranks is one spectrum."""
-        out, in_ = shape = (matrix.shape[0], matrix.shape[1])
+        shape = (matrix.shape[0], matrix.shape[1])
         energy = weighting.norm2(matrix) if energy is None else energy
-        dense = out * in_ * dtype.itemsize
+        dense = matrix.numel() * dtype.itemsize
         if self.sweeps > 1 or not self.second.open:
-            rungs = [r for r in self.ladder(shape) if r.nbytes(shape, dtype) < dense]
-            return fitted_curve(rungs, matrix, weighting, dtype, energy)
+            return super().curve(matrix, weighting, dtype, energy)
         points: list[tuple[int, float, Form]] = []
         for first in self.first.ladder(shape):
             spent = first.nbytes(shape, dtype)
@@ -84,4 +83,4 @@ class InTurn(Form):
                     (spent + n, e, InTurn(first, second, 1))
                     for n, e, second in zip(added.nbytes, added.errors, added.forms, strict=True)
                 ]
-        return sorted_curve([p for p in points if p[0] < dense], energy)
+        return Curve.of([p for p in points if p[0] < dense], energy)

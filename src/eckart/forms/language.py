@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import operator
-import re
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -118,14 +116,3 @@ class Vocabulary(Generic[T]):
             if value != default:
                 parts.append(f"{f.name}={value!s}" if hasattr(value, "word") else f"{f.name}={value!r}")
         return f"{thing.word}({', '.join(parts)})"
-
-
-def snake_case(name: str) -> str:
-    """`LowRank` -> `low_rank`."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
-
-
-@functools.cache
-def field_names(cls: type) -> tuple[str, ...]:
-    """The names of a dataclass's settings."""
-    return tuple(f.name for f in dataclasses.fields(cls))

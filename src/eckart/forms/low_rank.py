@@ -152,12 +152,10 @@ class LowRank(Form):
         W = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
         U = self._basis(W, most, weighting) if most else W[:, :0]
         fits = (f._from(U[:, : f.rank], matrix, weighting, dtype).dense().detach() for f in forms)
-        return Curve(
-            forms=forms,
-            nbytes=[f.nbytes((out, in_), dtype) for f in forms],
-            errors=[weighting.norm2(matrix - fitted) for fitted in fits],
-            energy=weighting.norm2(matrix) if energy is None else energy,
-        )
+        points = [
+            (f.nbytes((out, in_), dtype), weighting.norm2(matrix - m), f) for f, m in zip(forms, fits, strict=True)
+        ]
+        return Curve.of(points, weighting.norm2(matrix) if energy is None else energy)
 
 
 def balance(left: Float[Tensor, "out r"], right: Float[Tensor, "r in"]) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,7 @@ class OneOf(Form):
             if not kept or point[1] < kept[-1][1]:
                 kept.append(point)
         spectrum = next((c.spectrum for c in curves if c.spectrum is not None), None)
-        return Curve([f for *_, f in kept], [n for n, *_ in kept], [e for _, e, _ in kept], energy, spectrum)
+        return Curve.of(kept, energy, spectrum)
 
 
 def each(combine: Callable[[Form, Form], Form], left: Form, right: Form) -> Form:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from eckart.forms.algebra import thin
-from eckart.forms.base import FORMS, Factored, Form, Shape, check_shape, empty, stored
+from eckart.forms.base import FORMS, DecodedMatrix, Form, Shape, check_shape, empty, stored
 from eckart.forms.gptq import GPTQ
 from eckart.forms.packing import pack, pack_wide, packed_width, unpack, unpack_wide
 from eckart.linalg.kmeans1d import kmeans1d
@@ -22,7 +22,7 @@ from eckart.linalg.whitening import IdentityRoot
 RUNGS = 12
 
 
-class PyramidMatrix(Factored):
+class PyramidMatrix(DecodedMatrix):
     """The number of every group's lattice point, a code for its length, and a scale for every row.
 
     Attributes:
@@ -44,26 +44,12 @@ class PyramidMatrix(Factored):
         self.register_buffer("gains", gains)
         self.norms, self.shape, self.form = norms, shape, form
 
-    def forward(
-        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
-    ) -> Float[Tensor, "*batch out"]:
-        return F.linear(x, self.dense(), bias)
-
-    def dense(self) -> Float[Tensor, "out in"]:
-        return self._decoded(slice(None))
-
-    def rows(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
-        return self._decoded(ids.reshape(-1)).view(*ids.shape, self.shape[1])
-
-    def _decoded(self, rows: slice | Tensor) -> Float[Tensor, "rows in"]:
+    def decoded(self, rows: slice | Tensor) -> Float[Tensor, "rows in"]:
         at, norms = self.form.layout(self.shape), self.norms[rows]
         index = unpack_wide(self.points[rows], at.bits, at.groups)
         directions = unit(point_of(index, at.group, at.pulses)).to(norms.dtype)
         gains = at.levels.to(norms)[unpack(self.gains[rows], self.form.gain_bits, at.groups).long()]
         return (directions * (gains * norms[:, None])[..., None]).flatten(1)[:, : self.shape[1]]
-
-    def flops(self, tokens: int) -> int:
-        return 2 * tokens * self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from eckart.forms import kernels
-from eckart.forms.base import FORMS, Factored, Form, Shape, check_shape
+from eckart.forms.base import FORMS, DecodedMatrix, Factored, Form, Shape, check_shape
 from eckart.forms.dense import Dense
 from eckart.forms.grids import Grid, Uniform
 from eckart.forms.packing import pack, packed_width, unpack
@@ -19,7 +19,7 @@ from eckart.linalg.weighting import PLAIN, Weighting
 LADDER = (2, 3, 4, 5, 6, 8)
 
 
-class QuantizedMatrix(Factored):
+class QuantizedMatrix(DecodedMatrix):
     """Packed codes, and for every group of columns the parameters of its grid.
 
     Attributes:
@@ -48,12 +48,6 @@ class QuantizedMatrix(Factored):
     ) -> Float[Tensor, "*batch out"]:
         return kernels.linear(self, x, bias)
 
-    def dense(self) -> Float[Tensor, "out in"]:
-        return self.decoded(slice(None))
-
-    def rows(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
-        return self.decoded(ids.reshape(-1)).view(*ids.shape, self.shape[1])
-
     def decoded(self, rows: slice | Tensor) -> Float[Tensor, "rows in"]:
         """Some rows of the matrix."""
         at = Groups(self.form, self.shape[1])
@@ -69,9 +63,6 @@ class QuantizedMatrix(Factored):
                 codes = unpack(getattr(self, name)[rows], slot.bits, at.count * slot.width)
                 p[name] = codes.to(like.dtype).unflatten(1, (at.count, slot.width))
         return at.decoded(unpack(self.codes[rows], at.bits, at.width), p)
-
-    def flops(self, tokens: int) -> int:
-        return 2 * tokens * self.shape[0] * self.shape[1]
 
 
 @FORMS.word("quantized")

@@ -7,6 +7,7 @@ norm at the start of its sub-layer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any
 
@@ -19,12 +20,12 @@ from eckart.forms.base import Shape
 from eckart.forms.layers import StandIn, kind_of, matrix_shape, stand_in
 
 
-class Connected(StandIn):
+class Connected(StandIn, ABC):
     """A stand-in that works with another module of the model."""
 
+    @abstractmethod
     def connect(self, model: nn.Module, name: str) -> None:
         """Find the other module, once all are in place; `name` is this one's. Raises `ValueError` if it is missing."""
-        raise NotImplementedError
 
 
 class Tap:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from eckart.forms.base import FORMS, Curve, Factored, Form, Shape, check_shape, empty
+from eckart.forms.base import FORMS, Curve, DecodedMatrix, Form, Shape, check_shape, empty
 from eckart.forms.low_rank import balance
 from eckart.forms.packing import pack, packed_width, unpack
 from eckart.linalg.svd import truncated_svd
@@ -31,7 +30,7 @@ class Block(NamedTuple):
     residual: Float[Tensor, "out in"]
 
 
-class SignStackMatrix(Factored):
+class SignStackMatrix(DecodedMatrix):
     """sum over blocks of sign ∘ (left right), the blocks in order along the first side of every tensor.
 
     Attributes:
@@ -48,18 +47,7 @@ class SignStackMatrix(Factored):
         self.left, self.right = nn.Parameter(left), nn.Parameter(right)
         self.shape, self.form = shape, form
 
-    def forward(
-        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
-    ) -> Float[Tensor, "*batch out"]:
-        return F.linear(x, self.dense(), bias)
-
-    def dense(self) -> Float[Tensor, "out in"]:
-        return self._formed(slice(None))
-
-    def rows(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch in"]:
-        return self._formed(ids.reshape(-1)).view(*ids.shape, self.shape[1])
-
-    def _formed(self, rows: slice | Tensor) -> Float[Tensor, "rows in"]:
+    def decoded(self, rows: slice | Tensor) -> Float[Tensor, "rows in"]:
         parts = []
         for signs, left, right in zip(self.signs, self.left, self.right, strict=True):
             bits = unpack(signs[rows], 1, self.shape[1])

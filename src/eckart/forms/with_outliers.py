@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from eckart.forms.algebra import RUNGS_OF_A_SUM, SumMatrix, fitted_curve, thin
-from eckart.forms.base import FORMS, Curve, Form, Shape
+from eckart.forms.algebra import RUNGS_OF_A_SUM, SumMatrix, thin
+from eckart.forms.base import FORMS, Form, Shape
 from eckart.forms.gptq import GPTQ, Sweep, sweep
 from eckart.forms.grids import ends
 from eckart.forms.quantized import Groups, Quantized
@@ -69,14 +69,6 @@ class WithOutliers(Form):
 
     def build(self, shape: Shape, *, dtype: torch.dtype | None = None, device: str | None = None) -> SumMatrix:
         return SumMatrix([term.build(shape, dtype=dtype, device=device) for term in self.terms], self)
-
-    def curve(
-        self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
-    ) -> Curve:
-        """Cost and error at the rungs that cost less than the dense matrix, by fitting each."""
-        out, in_ = matrix.shape
-        rungs = [r for r in self.ladder((out, in_)) if r.nbytes((out, in_), dtype) < out * in_ * dtype.itemsize]
-        return fitted_curve(rungs, matrix, weighting, dtype, energy)
 
     def fit(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
