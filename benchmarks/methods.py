@@ -24,7 +24,11 @@ from eckart.checkpoint.source import resolve
 from eckart.evaluation import Machine, evaluate, heldout_tokens
 from eckart.registry import entries
 
-NOT_FOR_THIS = {"afm"}  # its embedding part needs a table that is not tied to a head; on linears it is lord
+NOT_FOR_THIS = {
+    "afm": "its embedding part needs a table that is not tied to a head; on linears it is lord",
+    "discquant": "distils the whole model, which takes hours",
+    "submoe": "merges experts, and there are none",
+}
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
 """Methods at equal bits per weight on real models in full precision: how much of each model is left.
 
     python benchmarks/quality.py [--models decoder minilm ...] [--methods nearest gptq ...] [--bits 2 2.5 3 4]
-                                 [--allocation optimal()] [--json FILE] [--resume] [--quick]
+                                 [--allocation optimal()] [--whole] [--json FILE] [--resume] [--quick]
 
 Rows are methods: those of `ROWS`, any other that is registered, or a form given as text, such as
 'quantized(group=32) + low_rank()', which is fitted in the metric `input_covariance()`. A column is a budget, in bits
 for each weight of the linear layers within the blocks; everything that those layers take on disk counts, down to the
-names of their tensors, and the rest of the model stays as it is, in float16. "bits" is what was used of it.
+names of their tensors, and the rest of the model stays as it is, in float16. "bits" is what was used of it. With
+`--whole`, bits are for each weight of the model, tables, heads and norms included: at 2 bits it is 16 times smaller
+than in float32. A method that leaves the tables alone then often cannot meet the budget, and its row says so.
 
 Every model is judged by its own task (tasks.py), in float32. Rows are written to the JSON file as they come, those
 that failed with the error; `--resume` keeps what the file holds and tries the failed ones again.
@@ -86,30 +88,35 @@ class Scale:
     total: int
     targeted: int
     weights: int
+    all: int
+    whole: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, targets: str) -> Scale:
+    def of(cls, model: nn.Module, targets: str, whole: bool = False) -> Scale:
         subject, blocks = InMemory(model), block_names(model)
         names = [n for part in Recipe(targets=targets).sites(model, blocks).values() for n in part]
         weights = sum(model.get_submodule(name).weight.numel() for name in names)
         layouts = part_layouts(subject, blocks)
-        return cls(
-            sum(file_bytes(layout) for layout in layouts.values()), weights * subject.storage_dtype.itemsize, weights
-        )
+        total = sum(file_bytes(layout) for layout in layouts.values())
+        shapes = (shape for layout in layouts.values() for _, shape in layout.values())
+        everything = sum(torch.Size(shape).numel() for shape in shapes)
+        return cls(total, weights * subject.storage_dtype.itemsize, weights, everything, whole)
 
     def budget(self, bits: float) -> str:
         """Bytes of the whole model, as `compress` reads them."""
+        if self.whole:
+            return f"{int(bits * self.all / 8)}B"
         return f"{int(self.total - self.targeted + bits * self.weights / 8)}B"
 
     def bits(self, nbytes: int) -> float:
         """For each weight, in a model of so many bytes."""
-        return 8 * (nbytes - self.total + self.targeted) / self.weights
+        return 8 * nbytes / self.all if self.whole else 8 * (nbytes - self.total + self.targeted) / self.weights
 
 
-def one(task: Task, way: Way, bits: float, batches: list[Batch]) -> dict[str, Any]:
+def one(task: Task, way: Way, bits: float, batches: list[Batch], whole: bool) -> dict[str, Any]:
     """Compress and measure; what goes wrong is part of the result."""
     model = load(task.model)
-    scale = Scale.of(model, task.targets)
+    scale = Scale.of(model, task.targets, whole)
     words = {key: value for key, value in asdict(way).items() if key != "method" and value is not None}
     if task.targets:
         words["targets"] = task.targets
@@ -147,7 +154,7 @@ def measure(arguments: argparse.Namespace, report: dict[str, Any], console: Cons
         for index, (method, bits) in enumerate(todo):
             with console.status(f"{name}: {method} at {bits:g} bits ({index + 1} of {len(todo)})"):
                 row = {"model": name, "method": method, "bits": bits}
-                row |= one(task, way_of(method, arguments.allocation), bits, batches)
+                row |= one(task, way_of(method, arguments.allocation), bits, batches, s["whole"])
             keep(report, row, arguments.json)
             console.print(f"{name}, {bits:g} bits, {method}: {said(row)}", markup=False)
 
@@ -169,7 +176,8 @@ def said(row: dict[str, Any]) -> str:
 def show(report: dict[str, Any], model: str, console: Console) -> None:
     """Print the rows of one model, and what went wrong below them."""
     s, columns = report["settings"], TASKS[model].columns
-    title = f"{model}; {s['samples']} calibration windows of {s['length']} tokens, seed {s['seed']}"
+    of = "all weights" if s["whole"] else "linear layers"
+    title = f"{model}; bits of {of}; {s['samples']} calibration windows of {s['length']} tokens, seed {s['seed']}"
     made = table(title, ["budget", "method"], ["bits", *columns, "CPU s"])
     rows = sorted((r for r in report["rows"] if r["model"] == model), key=lambda r: -r["bits"])
     for r in rows:
@@ -206,6 +214,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a window (default 256)")
     parser.add_argument("--size", type=int, default=0, help="held-out windows, sentences, clips (default: the task's)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--whole", action="store_true", help="count the bits of all weights, not of the linear layers")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the rows to this file as they come")
     parser.add_argument("--resume", action="store_true", help="keep the rows that the file holds, but not the failed ones")  # fmt: skip # noqa: E501
@@ -216,7 +225,7 @@ def main() -> None:
         arguments.models = [m for m in arguments.models if m in ("decoder", "minilm")]
     torch.set_num_threads(arguments.threads)
     console = Console()
-    report = opened(arguments, {key: getattr(arguments, key) for key in ("samples", "length", "size", "seed")})
+    report = opened(arguments, {key: getattr(arguments, key) for key in ("samples", "length", "size", "seed", "whole")})
     measure(arguments, report, console)
     for model in arguments.models:
         show(report, model, console)

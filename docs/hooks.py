@@ -20,7 +20,10 @@ ROOMS = {
     "allocation": "One byte budget spent over all weights.",
     "checkpoint": "Where models come from, how results are stored, and how transformers loads them.",
     "jobs": "What the main job is made of: recipes, plans, the engine, solves, trials, resuming.",
+    "schedules": "What changes as training goes on: one protocol for bare loops and for Trainer.",
     "compression": "The published methods, and the main job's verbs.",
+    "optimizers": "Optimisers whose state lies in a subspace of each gradient.",
+    "training": "Weights that are low-rank, sparse or both while they are trained.",
     "evaluation": "Quality, size and speed, measured.",
     "export": "Compressed models as other programs read them: PEFT, llama.cpp, ONNX.",
     "report": "One self-contained HTML page.",
@@ -48,12 +51,11 @@ def catalogue() -> str:
     for entry in entries():
         text, meanings = described(entry.cls)
         lines += [f"## {entry.key}", "", f"*{entry.wing}, {entry.family}.* {entry.paper}", "", text, ""]
-        settings = dataclasses.fields(entry.cls)
+        settings = settings_of(entry.cls)
         if settings:
             lines += ["| setting | default | meaning |", "| --- | --- | --- |"]
-        for f in settings:
-            default = getattr(entry.cls(), f.name)
-            lines.append(f"| `{f.name}` | `{default if default != '' else '(empty)'}` | {meanings.get(f.name, '')} |")
+        for name, default in settings.items():
+            lines.append(f"| `{name}` | `{default if default != '' else '(empty)'}` | {meanings.get(name, '')} |")
         lines.append("")
     for words in (FORMS, *FORMS.settings, METRICS, ALLOCATORS):
         lines += [f"## {words.kind.capitalize()}s", "", "| word | settings | what it is |", "| --- | --- | --- |"]
@@ -68,6 +70,15 @@ def catalogue() -> str:
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def settings_of(cls: type) -> dict[str, Any]:
+    """What can be set, with its default: the fields of a dataclass, or the arguments of another class."""
+    if dataclasses.is_dataclass(cls):
+        made = cls()
+        return {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+    arguments = inspect.signature(cls).parameters.values()
+    return {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
 
 
 def described(cls: type) -> tuple[str, dict[str, str]]:

@@ -58,14 +58,20 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **settin
     """A random model of that family, in evaluation mode, its weights large enough to matter."""
     cls, own = CONFIGS[name]
     torch.manual_seed(seed)
-    model = HEADS.get(name, tf.AutoModelForCausalLM).from_config(cls(**(own | settings))).eval()
+    return scattered(HEADS.get(name, tf.AutoModelForCausalLM).from_config(cls(**(own | settings))).eval(), seed).to(
+        dtype
+    )
+
+
+def scattered(model: Any, seed: int = 0) -> Any:
+    """The model with weights large enough to matter, and no norm or bias as it was initialised."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.15, generator=generator)
         else:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model.to(dtype)
+    return model
 
 
 def save_model(folder: Path, name: str = "llama", *, seed: int = 0, shard: str = "1GB", dtype: torch.dtype = torch.float16, **settings: Any) -> Path:  # fmt: skip # noqa: E501

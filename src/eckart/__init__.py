@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 
+from eckart import optimizers, training
 from eckart.checkpoint.hf import EckartConfig
 from eckart.compression import Compressed, compress, compress_to
 from eckart.forms import Dense, Diagonal, Form, LowRank, Product, Sum, densify, parse
@@ -46,5 +47,7 @@ __all__ = [
     "compress_to",
     "densify",
     "fit",
+    "optimizers",
     "parse",
+    "training",
 ]

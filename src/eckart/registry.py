@@ -68,6 +68,8 @@ def entries(wing: str | None = None) -> list[Entry]:
 def find(key: str, wing: str | None = None) -> Entry:
     """The entry called `key`. Raises `ValueError` that names the nearest keys."""
     known = [e.key for e in entries(wing)]
+    if key in _ENTRIES and key not in known:
+        raise ValueError(f"{key!r} is one of eckart.{_ENTRIES[key].wing}, not of eckart.{wing}")
     if key not in known:
         raise ValueError(f"unknown method {key!r}{suggest(key, known)}")
     return _ENTRIES[key]

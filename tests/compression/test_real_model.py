@@ -25,6 +25,9 @@ from eckart.metrics import ActivationDiagonal, InputCovariance, Metric, OutputCo
 
 pytestmark = pytest.mark.model
 
+SINGLES = ("rtn", "svd_llm", "lord", "fwsvd", "welore", "modegpt", "slicegpt")
+"""One of each kind that can meet these budgets; `benchmarks/methods.py` has the others."""
+
 
 @pytest.fixture(scope="module")
 def source() -> Source:
@@ -65,6 +68,7 @@ def output_error(matrix: torch.Tensor, module: torch.nn.Module, statistics: Stat
     return weighting.norm2(matrix - module.dense().detach())
 
 
+@pytest.mark.filterwarnings("ignore::eckart.linalg.whitening.Damped")  # a head of layer 18 is silent on this text
 def test_errors_are_ordered_and_predicted_on_every_layer(
     measured: tuple[torch.nn.Module, StatisticsStore, dict],
 ) -> None:
@@ -120,11 +124,8 @@ def test_whitening_is_far_better_than_the_baselines(source: Source, tokens: Toke
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["0.9", "0.8", "0.6"])
 def test_auto_is_at_or_below_every_single_method(source: Source, tokens: Tokens, tmp_path: Path, budget: str) -> None:
-    from eckart.registry import entries
-
-    singles = [e.key for e in entries("compression") if e.key not in ("auto", "afm", "svd", "asvd")]
     found = {}
-    for key in [*singles, "auto"]:
+    for key in [*SINGLES, "auto"]:
         try:
             found[key] = run(source, tmp_path / key, tokens, key, budget, tmp_path / "statistics")
         except BudgetError:  # a method that cannot meet this budget says so, and is beaten

@@ -86,7 +86,7 @@ def test_open_forms() -> None:
 
 def test_an_uneven_bitmap_is_refused() -> None:
     module = RowSparse(4).fit(gaussian(6, 16))
-    assert set(module.state_dict()) == {"values", "bits"}
+    assert set(module.state_dict()) == {"kept.weight", "bits"}
     bits = module.bits.clone()
     module.bits[0], module.bits[1] = 0b11111111, 0  # 16 places in one row, none in the next
     module.bits[0, 1] = 0

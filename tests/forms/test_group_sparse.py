@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eckart.forms import GroupSparse, Sparse
+from eckart.forms import GroupSparse, Sparse, parse
 from eckart.forms.selections import Fisher, Wanda
-from eckart.testing import error_ratio, gaussian
+from eckart.testing import FormContract, error_ratio, gaussian
+from eckart.testing.forms import Case
 
 
 @pytest.mark.parametrize("width", [5, 16, 40, 64])
@@ -48,8 +49,8 @@ def test_groups_of_one_are_unstructured() -> None:
 def test_padding_of_a_short_group_teaches_nothing() -> None:
     module = GroupSparse(1.0, 4).fit(gaussian(2, 6))
     module.dense().sum().backward()
-    assert module.values.grad is not None
-    assert module.values.grad.sum(1).tolist() == [4, 2, 4, 2]
+    assert module.kept.weight.grad is not None
+    assert module.kept.weight.grad.view(4, 4).sum(1).tolist() == [4, 2, 4, 2]
 
 
 def test_other_selections() -> None:
@@ -63,3 +64,9 @@ def test_other_selections() -> None:
 def test_refused(density: float, group: int) -> None:
     with pytest.raises(ValueError, match="group_sparse"):
         GroupSparse(density, group)
+
+
+class TestValuesOfAnyForm(FormContract):
+    def forms(self) -> list[Case]:
+        texts = ["quantized(bits=3, group=4)", "quantized(bits=8, group=None)", "low_rank(rank=1)"]
+        return [(parse(f"group_sparse(density=0.4, group=4, values={text})"), (12, 10)) for text in texts]

@@ -96,13 +96,13 @@ def test_gradients_reach_the_values_and_only_the_kept_places() -> None:
     x, g = gaussian(5, 8, seed=1, dtype=torch.float64), gaussian(5, 6, seed=2, dtype=torch.float64)
     module(x).backward(g)
     wanted = (g.T @ x).flatten()[module.flat()]
-    assert module.values.grad is not None
-    assert error_ratio(module.values.grad, wanted) <= 1e-12
+    assert module.kept.weight.grad is not None
+    assert error_ratio(module.kept.weight.grad.view(-1), wanted) <= 1e-12
 
 
 def listed() -> SparseMatrix:
     module = Sparse(0.02).fit(gaussian(20, 100))
-    assert set(module.state_dict()) == {"values", "index", "starts"}
+    assert set(module.state_dict()) == {"kept.weight", "index", "starts"}
     return module
 
 
@@ -138,7 +138,7 @@ def test_repeated_columns_are_refused() -> None:
 
 def test_a_bitmap_with_other_places_than_values_is_refused() -> None:
     module = Sparse(0.5).fit(gaussian(8, 16))
-    assert set(module.state_dict()) == {"values", "bits"}
+    assert set(module.state_dict()) == {"kept.weight", "bits"}
     module.bits[0, 0] ^= 1
     with pytest.raises(ValueError, match=r"marks 6[35] places for 64 entries"):
         module.dense()

@@ -124,5 +124,5 @@ def test_windows_are_drawn_anew_and_the_same_ones_for_the_same_draw(tmp_path: Pa
 
 
 def test_a_search_without_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="measures plans on calibration text: it needs batches with input_ids"):
+    with pytest.raises(ValueError, match="measures plans on calibration data: give at least two batches"):
         eckart.compress(tiny.build("llama", **SETTINGS), "svd", allocation=SEARCH, budget=0.8)

@@ -137,8 +137,21 @@ def test_auto_takes_the_candidate_with_the_least_loss_on_text_set_aside(tmp_path
     assert math.isfinite(lost)
 
 
-def test_a_model_without_logits_cannot_try_plans() -> None:
-    with pytest.raises(ValueError, match="BertModel puts out no logits, by which plans are tried"):
-        eckart.compress(
-            tiny.build("bert").bert, "rd_prune", budget="0.5 linears", data=tiny.batches((2,) * 8, length=12)
-        )
+def test_a_model_without_logits_is_judged_by_its_features() -> None:
+    """Half the squared relative distance of what leaves the encoder, which `auto` keeps below that of nearest codes."""
+    batches = tiny.batches((2,) * 8, length=16)
+    lost = {}
+    for method in ("rtn", "auto"):
+        model = tiny.build("bert").bert
+        original = tiny.build("bert").bert
+        eckart.compress(model, method, budget="0.25 linears", data=batches)
+        with torch.no_grad():
+            found, wanted = (m(**batches[-1]).last_hidden_state for m in (model, original))
+        lost[method] = float((0.5 * (found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean())
+    assert lost["auto"] < lost["rtn"]
+
+
+def test_the_loss_of_a_model_that_foretells_nothing_is_not_measured(tmp_path: Path) -> None:
+    trying = Trying(method_for("rtn"))
+    with pytest.raises(ValueError, match="foretells no next words"):
+        Engine(InMemory(tiny.build("bert")), trying, Budget.parse("0.9"), tiny.batches((2,) * 8), tmp_path).plan()

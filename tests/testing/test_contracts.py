@@ -85,6 +85,14 @@ class NoGradient(ScaledMatrix):
         return y if bias is None else y + bias
 
 
+class Coy(ScaledMatrix):
+    """Says that it rounds what it does not."""
+
+    @property
+    def exact(self) -> bool:
+        return False
+
+
 class Hoarder(ScaledMatrix):
     """Keeps a view of something larger."""
 
@@ -175,6 +183,8 @@ def test_a_stranger_s_form_passes(name: str, tmp_path: Path) -> None:
         (of(WrongRows), "test_forward_and_rows_are_those_of_the_dense_matrix"),
         (of(Casting), "test_forward_and_rows_are_those_of_the_dense_matrix"),
         (of(NoGradient), "test_gradients_are_those_of_the_dense_matrix"),
+        (of(WrongForward), "test_says_whether_it_rounds_its_inputs"),
+        (of(Coy), "test_says_whether_it_rounds_its_inputs"),
         (of(WrongForward), "test_odd_shapes_compute_or_are_refused"),
         (of(Hoarder), "test_bytes_are_what_is_stored"),
         (Cheap(), "test_bytes_are_what_is_stored"),

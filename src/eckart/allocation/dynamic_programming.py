@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from eckart.allocation.additive import Additive, cheapest, front, spend
+from eckart.allocation.additive import Additive, front, spend
 from eckart.allocation.base import ALLOCATORS, Problem
 
 
@@ -47,13 +47,29 @@ class DynamicProgramming(Additive):
 
     def allocate(self, problem: Problem) -> dict[str, int]:
         nbytes, damage = self.table(problem)
-        least = [b[i] for b, i in zip(nbytes, cheapest(nbytes, damage), strict=True)]
-        step = self.resolution(problem)
-        extra = [np.ceil((b - low) / step).astype(np.int64) for b, low in zip(nbytes, least, strict=True)]
-        most = sum(int(e.max()) for e in extra)
-        choice = knapsack(extra, damage, min((problem.budget - problem.smallest) // step, most))
+        choice = within(nbytes, damage, problem.budget, self.resolution(problem))
         left = problem.budget - sum(float(b[i]) for b, i in zip(nbytes, choice, strict=True))
         return dict(zip(problem.curves, spend(choice, nbytes, damage, left), strict=True))
+
+
+def within(
+    costs: Sequence[Float[np.ndarray, " points"]],
+    losses: Sequence[Float[np.ndarray, " points"]],
+    budget: float,
+    step: float,
+) -> list[int]:
+    """One point of every item with the least total loss at a total cost of at most `budget`, up to a resolution.
+
+    Either side may be bytes and the other errors. What an item costs beyond its cheapest point is rounded up to whole
+    steps. With the same step, a larger budget never gives a larger loss. Raises `ValueError` where nothing fits.
+    """
+    least = [float(c.min()) for c in costs]
+    if budget < sum(least):
+        raise ValueError(f"no choice costs at most {budget}: the cheapest one costs {sum(least)}")
+    room = int((budget - sum(least)) // step)
+    # what costs more than there is room for need not be counted exactly, and might be no integer
+    extra = [np.minimum(np.ceil((c - low) / step), room + 1).astype(np.int64) for c, low in zip(costs, least, strict=True)]  # fmt: skip # noqa: E501
+    return knapsack(extra, losses, min(room, sum(int(e.max()) for e in extra)))
 
 
 def knapsack(

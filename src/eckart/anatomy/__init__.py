@@ -1,11 +1,12 @@
 """Where things are in a Hugging Face model, from its modules and config alone; nothing is run.
 
 `anatomy(model)` describes a model of a family in `FAMILIES` part by part; `linears(model)` lists the linear modules of
-any model. Both work on models built on the meta device.
+any model, `experts(model)` the routed experts of any mixture. All work on models built on the meta device.
 """
 
 from __future__ import annotations
 
+from eckart.anatomy.experts import Experts, experts
 from eckart.anatomy.families import FAMILIES, Family
 from eckart.anatomy.find import UnknownModel, anatomy
 from eckart.anatomy.linears import LinearSite, features, linears
@@ -17,6 +18,7 @@ __all__ = [
     "Anatomy",
     "Attention",
     "Block",
+    "Experts",
     "Family",
     "LinearSite",
     "Norm",
@@ -25,6 +27,7 @@ __all__ = [
     "Rows",
     "UnknownModel",
     "anatomy",
+    "experts",
     "features",
     "linears",
 ]

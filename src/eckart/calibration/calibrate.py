@@ -12,7 +12,7 @@ from eckart.calibration.collect import Collector, collect_gradients
 from eckart.calibration.store import OUTSIDE, StatisticsStore
 from eckart.calibration.stream import Stream
 from eckart.downloads import Progress
-from eckart.metrics.statistics import GRADIENT_SUMS, INPUT_SUMS, Statistics
+from eckart.metrics.statistics import FORWARD_SUMS, GRADIENT_SUMS, Statistics
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def calibrate(stream: Stream, request: Request, store: StatisticsStore, *, seed:
     if wants_outside:
         _outside(stream, request, store)
     if wants_gradients:
-        wanted = {i: store.joined(i, slopes, request.probes.get(i, ()), store.gradients) for i in range(total)}
+        parts = [i for i in [OUTSIDE, *range(total)] if request.probes.get(i) or i != OUTSIDE]
+        wanted = {i: store.joined(i, slopes, request.probes.get(i, ()), store.gradients) for i in parts}
         targets = {i: names for i, (_, names) in wanted.items()}
         needs = frozenset().union(*(found for found, _ in wanted.values()))
         for i, sums in collect_gradients(
@@ -83,11 +84,13 @@ def covered(request: Request, store: StatisticsStore, total: int) -> bool:
 
 def _covered(request: Request, store: StatisticsStore, total: int) -> tuple[list[bool], bool, bool]:
     """The same for every block's inputs, for the inputs outside the blocks, and for gradients."""
-    inputs, slopes = request.needs & INPUT_SUMS, request.needs & GRADIENT_SUMS
+    inputs, slopes = request.needs & FORWARD_SUMS, request.needs & GRADIENT_SUMS
     probes = [request.probes.get(i, ()) for i in range(total)]
     known = [store.covers(i, inputs, names) for i, names in enumerate(probes)]
     outside = request.probes.get(OUTSIDE, ())
-    slopes_known = (store.covers(i, slopes, names, store.gradients) for i, names in enumerate(probes))
+    slopes_known = [store.covers(i, slopes, names, store.gradients) for i, names in enumerate(probes)]
+    if outside:
+        slopes_known.append(store.covers(OUTSIDE, slopes, outside, store.gradients))
     return known, not outside or store.covers(OUTSIDE, inputs, outside), not slopes or all(slopes_known)
 
 

@@ -41,12 +41,12 @@ class StatisticsStore:
         return self.path(index, part).exists()
 
     def covers(self, index: int, needs: Iterable[str], names: Iterable[str], part: str = "inputs") -> bool:
-        """Whether these sums were collected for these layers of a block."""
+        """Whether these sums were collected for these layers of a block, or nothing was there to be collected."""
         if not self.has(index, part):
             return False
         found = self._contents(index, part)
         have = {n: found.sums.get(leader, set()) for n, leader in found.leaders.items()}
-        return all(n in have and ("counts" in have[n] or set(needs) <= have[n]) for n in names)
+        return all(n in have and (not have[n] or "counts" in have[n] or set(needs) <= have[n]) for n in names)
 
     def joined(self, index: int, needs: Iterable[str], names: Iterable[str], part: str = "inputs") -> tuple[frozenset[str], list[str]]:  # fmt: skip # noqa: E501
         """These sums and layers, and those of the record that a new one will replace."""

@@ -58,7 +58,10 @@ def block_names(model: nn.Module) -> list[str]:
 
     Known families are looked up; in others it is the largest ModuleList of as many modules of one class as the config
     says that there are hidden layers. No other list is taken for one: it may hold tables, experts or a tower's linears.
+    A model of an encoder and a decoder is no single chain: it has none, and is run whole.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return []
     try:
         return [block.name for block in anatomy(model).blocks]
     except UnknownModel:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
+from eckart.checkpoint.converted import Converted, converted
 from eckart.checkpoint.layout import Layout, file_bytes, layout_of, save_json, save_tensors
 from eckart.checkpoint.reader import WeightReader, read_header
 from eckart.checkpoint.source import Source
@@ -43,28 +44,44 @@ class Folder:
         self.tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
         self.keys = self._match()
 
-    def _match(self) -> dict[str, str]:
-        """Name in the model -> name in the files."""
-        have = renamed(self.model, self.reader.names())
+    def _match(self) -> dict[str, str | Converted]:
+        """Name in the model -> name in the files, or how it is made of several there."""
+        named = renamed(self.model, self.reader.names())
+        have: dict[str, str | Converted] = {**named, **converted(self.model, named)}
         prefix = getattr(self.model, "base_model_prefix", "") + "."
-        keys, missing = {}, []
+        keys: dict[str, str | Converted] = {}
+        missing = []
         for name, tensor in self.model.state_dict(keep_vars=True).items():
             stored = next((have[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in have), None)
             if stored is None:
                 if name not in self.tied and isinstance(tensor, nn.Parameter):
                     missing.append(name)
                 continue
-            if self.reader.shape(stored) != tensor.shape:
-                found, wanted = tuple(self.reader.shape(stored)), tuple(tensor.shape)
-                raise ValueError(f"{self.source.folder}: {stored} has shape {found}, the model needs {wanted}")
+            shape = self._shape(stored)
+            if shape != tensor.shape:
+                what = stored if isinstance(stored, str) else f"{name}, made of {len(stored.sources)} tensors,"
+                raise ValueError(f"{self.source.folder}: {what} has shape {tuple(shape)}, the model needs {tuple(tensor.shape)}")  # fmt: skip # noqa: E501
             keys[name] = stored
         if missing:
             raise ValueError(f"{self.source.folder} lacks {len(missing)} tensors of {type(self.model).__name__}, the first of them {missing[0]}: load it with transformers and save it again, or compress the model in memory")  # fmt: skip # noqa: E501
         return keys
 
+    def _shape(self, stored: str | Converted) -> torch.Size:
+        if isinstance(stored, str):
+            return self.reader.shape(stored)
+
+        def empty(name: str) -> Tensor:
+            return torch.empty(self.reader.shape(name), dtype=self.reader.dtype(name), device="meta")
+
+        try:
+            return stored.made(self.model, empty).shape
+        except ValueError as e:
+            raise ValueError(f"{self.source.folder}: {e}") from e
+
     def read(self, name: str) -> Tensor:
         """The tensor called `name` in the model, as it is stored."""
-        return self.reader.load(self.keys[name if name in self.keys else self.tied[name]])
+        stored = self.keys[name if name in self.keys else self.tied[name]]
+        return self.reader.load(stored) if isinstance(stored, str) else stored.made(self.model, self.reader.load)
 
     @contextmanager
     def loaded(self, *names: str) -> Iterator[None]:

@@ -40,15 +40,15 @@ class AFM(Recipe):
 
     def sites(self, model: nn.Module, blocks: list[str]) -> dict[int, list[str]]:
         for name, module in model.named_modules():
-            if isinstance(module, nn.EmbeddingBag) and self._targeted(name, "embedding", blocks):
+            if isinstance(module, nn.EmbeddingBag) and self._targeted(name, "embedding", blocks, False):
                 raise ValueError(
                     f"{name} is an EmbeddingBag: pooled tables have no factored form. Name the layers to compress "
                     "with `targets`, or look rows up with nn.Embedding and pool them afterwards"
                 )
         return super().sites(model, blocks)
 
-    def _targeted(self, name: str, kind: str, blocks: list[str]) -> bool:
-        return super()._targeted(name, kind, blocks) or (kind == "embedding" and not self.targets)
+    def _targeted(self, name: str, kind: str, blocks: list[str], head: bool) -> bool:
+        return super()._targeted(name, kind, blocks, head) or (kind == "embedding" and not self.targets)
 
     def stays(self, model: nn.Module, name: str) -> str | None:
         module = model.get_submodule(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,18 +12,19 @@ from eckart.allocation import Allocator, Budget, as_allocator
 from eckart.calibration.data import Texts, load_texts, token_batches
 from eckart.calibration.stream import Batch
 from eckart.calibration.tokens import Tokens
-from eckart.checkpoint.hf import EckartConfig, describe, reconfigure, tie
+from eckart.checkpoint.hf import reconfigure
 from eckart.checkpoint.source import Source, resolve
-from eckart.checkpoint.ties import shared
 from eckart.downloads import Progress, silent
 from eckart.forms import Form, as_form
 from eckart.jobs.engine import batches_aside, run_in_memory
-from eckart.jobs.folder_job import compress_folder, versions
+from eckart.jobs.folder_job import compress_folder
 from eckart.jobs.recipe import Method, Recipe
+from eckart.jobs.remember import remember
 from eckart.jobs.result import Result
 from eckart.jobs.solve import Executor
 from eckart.metrics import Metric, as_metric
-from eckart.registry import find, suggest
+from eckart.registry import find
+from eckart.settings import with_settings, words_of
 
 Data = str | Path | Tokens | Texts | Sequence[Batch] | None
 
@@ -54,24 +54,7 @@ def method_for(
         parts["metric"] = as_metric(metric)
     if allocation is not None:
         parts["allocation"] = as_allocator(allocation)
-    known = [f.name for f in dataclasses.fields(chosen)]
-    for name in parts:
-        if name not in known:
-            raise ValueError(f"{chosen.key or 'this method'} has no setting {name!r}{suggest(name, known)}")
-    return dataclasses.replace(chosen, **{k: _of_kind(k, v, getattr(chosen, k)) for k, v in parts.items()})
-
-
-def _of_kind(name: str, value: Any, default: Any) -> Any:
-    """The value, which must be of the default's kind where that is a truth value, a number or text."""
-    if isinstance(default, str):
-        return str(value)
-    for kind, word in ((bool, "true or false"), (int, "a whole number"), (float, "a number")):
-        if isinstance(default, kind):
-            fits = isinstance(value, bool) if kind is bool else isinstance(value, kind | int) and not isinstance(value, bool)  # fmt: skip # noqa: E501
-            if not fits:
-                raise ValueError(f"{name} is {word}, not {value!r}")
-            return value
-    return value
+    return with_settings(chosen, parts)
 
 
 def compress(
@@ -108,19 +91,8 @@ def compress(
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         reconfigure(model, chosen.config_changes(run.plan))
-        _remember(model, words)
+        remember(model, words)
     return Compressed(model, result)
-
-
-def _remember(model: Any, words: dict[str, Any]) -> None:
-    """Let `save_pretrained` write what stands where, and what was applied, after what was applied before."""
-    before = getattr(model.config, "quantization_config", None)
-    history = list(before.history) if isinstance(before, EckartConfig) else []
-    history.append({**words, "versions": versions()})
-    ties = shared(model)
-    for name, other in ties.items():
-        tie(model, name, other)
-    model.config.quantization_config = EckartConfig(describe(model), ties, history)
 
 
 def compress_to(
@@ -161,13 +133,6 @@ def compress_to(
         dry_run=dry_run, executor=executor, statistics=None if statistics is None else Path(statistics),
         progress=progress,
     )  # fmt: skip
-
-
-def words_of(method: Method) -> dict[str, Any]:
-    """The fields of a method, as text and numbers."""
-    plain = (int, float, str, bool, type(None))
-    found = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
-    return {k: v if isinstance(v, plain) else str(v) for k, v in found.items()}
 
 
 def windows_aside(method: Method, samples: int, batch_size: int) -> int:

@@ -75,7 +75,7 @@ class Auto(Method):
 
     def plan(self, job: Job) -> Plan:
         if job.trial is None:
-            raise ValueError("auto measures plans on calibration text: it needs batches with input_ids")
+            raise ValueError("auto measures plans on calibration data: give at least two batches")
         best: tuple[float, int, Plan] | None = None
         tried, impossible = {}, []
         for i, candidate in enumerate(candidates()):

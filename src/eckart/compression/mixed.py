@@ -72,7 +72,7 @@ class Mixed(Recipe):
     def judged(self, job: Job, layers: Mapping[str, Layer], curves: Mapping[str, Curve]) -> Mapping[str, Curve]:
         """The curves in nats, every kind of form corrected by what one plan made of it alone is measured to cost."""
         if job.trial is None:
-            raise ValueError("mixed forms are judged on calibration text: it needs batches with input_ids")
+            raise ValueError("mixed forms are judged on calibration data: give at least two batches")
         share = _share(job)
         factors: dict[Kind, float] = {}
         for kind in sorted({_kind(layers[n], f) for n, c in curves.items() for f in c.forms if not isinstance(f, Dense)}):  # fmt: skip # noqa: E501

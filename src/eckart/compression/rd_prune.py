@@ -72,7 +72,7 @@ class RDPrune(Recipe):
     def _distortion(self, job: Job, layers: list[Layer]) -> float:
         """Mean squared change of the logits when these layers are as planned and all others as they are."""
         if job.trial is None:
-            raise ValueError("rd_prune measures the output of the model: it needs batches with input_ids")
+            raise ValueError("rd_prune measures the output of the model: give at least two batches of calibration data")
         changed = [layer for layer in layers if not isinstance(parse(layer.form), Dense)]
         if not changed:
             return 0.0

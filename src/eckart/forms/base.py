@@ -50,6 +50,11 @@ class Factored(nn.Module, ABC):
         return self.dense()[ids]
 
     @property
+    def exact(self) -> bool:
+        """Whether `forward` multiplies by `dense()`, and no part of it rounds its input first."""
+        return all(m.exact for m in self.modules() if m is not self and isinstance(m, Factored))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
         return sum(t.numel() * t.element_size() for t in self.state_dict().values())

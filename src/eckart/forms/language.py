@@ -114,5 +114,6 @@ class Vocabulary(Generic[T]):
             value = getattr(thing, f.name)
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             if value != default:
-                parts.append(f"{f.name}={value!s}" if hasattr(value, "word") else f"{f.name}={value!r}")
+                plain = isinstance(value, int | float | str | tuple | None)  # all else is a word, a sum or a product
+                parts.append(f"{f.name}={value!r}" if plain else f"{f.name}={value!s}")
         return f"{thing.word}({', '.join(parts)})"

@@ -313,13 +313,14 @@ def densify(model: Any) -> Any:
         formed: Any = module.weight
         weight = formed.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
         bias = None if module.bias is None else module.bias.detach().clone()
-        model.set_submodule(name, _dense_layer(module, weight, bias))
+        model.set_submodule(name, dense_layer(module, weight, bias))
         if name in getattr(described, "modules", {}):
             described.modules.pop(name)  # else `save_pretrained` would say that it is still factored
     return model
 
 
-def _dense_layer(module: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def dense_layer(module: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The ordinary layer that a drop-in stands in for, with this weight, laid out as the layer has it."""
     conv: Any = module
     with torch.device("meta"):
         if isinstance(module, Conv1D):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, UInt8
@@ -14,7 +14,7 @@ from torch import Tensor
 from eckart.forms.base import FORMS, Factored
 from eckart.forms.language import Vocabulary
 from eckart.linalg.weighting import Weighting
-from eckart.linalg.whitening import gram_diagonal
+from eckart.linalg.whitening import check_finite, gram_diagonal
 
 ROUNDINGS: Vocabulary[Rounding] = Vocabulary("rounding", within=FORMS)
 GroupParameters = Mapping[str, Float[Tensor, "out groups k"]]
@@ -135,6 +135,42 @@ def neighbours(
     way = quantiser.decode(other, p) - value
     share = torch.where(way == 0, 0.0, (W - value) / torch.where(way == 0, 1.0, way)).clamp(0, 0.5)
     return codes, torch.where(share > 0, other, codes), share
+
+
+class Between(NamedTuple):
+    """Between which numbers of its grid every weight lies.
+
+    Attributes:
+        lower, upper: codes of the next numbers at or below it and above it; one and the same where the weight lies on
+            a number of the grid or beyond its ends.
+        way: how far from the lower to the upper number the weight lies, from 0 to 1; 1/2 where they are the same.
+    """
+
+    lower: UInt8[Tensor, "out in"]
+    upper: UInt8[Tensor, "out in"]
+    way: Float[Tensor, "out in"]
+
+
+def between(W: Float[Tensor, "out in"], p: Stored, quantiser: Quantiser) -> Between:
+    """Where the weights lie on a grid whose parameters are known.
+
+    Raises `ValueError` where the parameters belong to a matrix of another size, a weight or parameter is not finite,
+    or numbers fall as their codes rise.
+    """
+    check_finite(W, "the matrix")
+    wanted = W.shape[0], -(-W.shape[1] // quantiser.group)
+    for name, value in p.values.items():
+        if tuple(value.shape[:2]) != wanted:
+            raise ValueError(f"the grid's {name} is for {tuple(value.shape[:2])} rows and groups, the matrix has {wanted}")  # fmt: skip # noqa: E501
+        check_finite(value, f"the grid's {name}")
+    codes, other, share = neighbours(W, p, quantiser)
+    first, last = (quantiser.decode(torch.full_like(codes, code), p) for code in (0, 2**quantiser.bits - 1))
+    if bool((last < first).any()):
+        raise ValueError("the grid's numbers fall as their codes rise: its scale is negative")
+    down = other < codes
+    lower, upper = torch.where(down, other, codes), torch.where(down, codes, other)
+    way = torch.where(down, 1 - share, share)
+    return Between(lower, upper, torch.where(lower == upper, 0.5, way))
 
 
 def column_weights(W: Float[Tensor, "out in"], weighting: Weighting) -> Float[Tensor, "#out in"]:

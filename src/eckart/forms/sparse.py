@@ -12,10 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from eckart.forms.algebra import thin
-from eckart.forms.base import FORMS, Curve, Factored, Form, Shape, check_shape, empty, stored
+from eckart.forms.base import FORMS, Curve, Factored, Form, Shape, check_shape
+from eckart.forms.dense import Dense
 from eckart.forms.patterns import Anywhere, Pattern
 from eckart.forms.places import Stored
-from eckart.forms.products import csr_pays, csr_product
+from eckart.forms.products import csr_pays, csr_product, group_pays, group_product
+from eckart.forms.scattered import scattered_product
 from eckart.forms.selections import Fisher, Selection
 from eckart.linalg.weighting import PLAIN, Weighting
 
@@ -24,16 +26,24 @@ DENSITIES = (0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075, *(round(0.01 * i
 
 
 class SparseMatrix(Factored):
-    """`values` (places, group), or (places,) where a place is one number, and the tensors that say where they stand.
+    """`kept`, all kept numbers in order as a matrix of one row, and the tensors that say where they stand.
 
     Places are counted along `pattern.places`. Reading them raises `ValueError` where they are not as they should be.
     """
 
-    def __init__(self, values: Tensor, places: Stored, form: SparseForm, pattern: Pattern):
+    kept: Factored
+
+    def __init__(self, kept: Factored, places: Stored, form: SparseForm, pattern: Pattern):
         super().__init__()
-        self.values, self.form, self.pattern, self.shape = values, form, pattern, pattern.shape
+        self.kept, self.form, self.pattern, self.shape = kept, form, pattern, pattern.shape
         for name, tensor in places.items():
             self.register_buffer(name, tensor)
+
+    @property
+    def values(self) -> Float[Tensor, "*places_and_group"]:
+        """The kept numbers: (places, group), or (places,) where a place is one number."""
+        group = self.pattern.group
+        return self.kept.dense().view(-1) if group == 1 else self.kept.dense().view(-1, group)
 
     def flat(self) -> Int[Tensor, " places"]:
         """Line * width + place of every value, ascending."""
@@ -46,27 +56,34 @@ class SparseMatrix(Factored):
     def forward(
         self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
     ) -> Float[Tensor, "*batch out"]:
-        learns = torch.is_grad_enabled() and (x.requires_grad or self.values.requires_grad)
-        by_rows = self.pattern.group == 1 and self.pattern.places.lines == self.shape[0]
-        if learns or not by_rows or not csr_pays(x, self.shape, self.values.shape[0]):
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        by_rows, places = self.pattern.places.lines == self.shape[0], self.pattern.places
+        if not learns and by_rows and self.pattern.group == 1 and csr_pays(x, self.shape, places.count):
+            y = csr_product(x, *places.by_line(self._stored), self.values, self.shape)
+        elif not learns and by_rows and self.pattern.group > 1 and group_pays(x, self.shape, self.kept.shape[1]):
+            y = group_product(x, *places.by_line(self._stored), self.values, self.shape)
+        elif learns:
+            return scattered_product(x, self.values, self.flat(), self.pattern, bias)
+        else:
             return F.linear(x, self.dense(), bias)
-        y = csr_product(x, *self.pattern.places.by_line(self._stored), self.values, self.shape)
         return y if bias is None else y + bias
 
     def dense(self) -> Float[Tensor, "out in"]:
-        places, group = self.pattern.places, self.pattern.group
-        table = self.values.new_zeros(places.lines * places.width, *self.values.shape[1:])
-        table = table.index_copy(0, self.flat(), self.values)
-        return self.pattern.join(table.view(places.lines, places.width, group))
+        places, values = self.pattern.places, self.values
+        table = values.new_zeros(places.lines * places.width, *values.shape[1:])
+        table = table.index_copy(0, self.flat(), values)
+        return self.pattern.join(table.view(places.lines, places.width, self.pattern.group))
 
     def flops(self, tokens: int) -> int:
-        return 2 * tokens * self.values.numel()
+        return 2 * tokens * self.kept.shape[1]
 
 
 class SparseForm(Form):
     """What sparse forms share: a pattern for every shape, and a selection that chooses within it."""
 
     selection: Selection
+    values: Form = Dense()
+    """Of the kept numbers, as a matrix of one row."""
 
     @abstractmethod
     def pattern(self, shape: Shape) -> Pattern:
@@ -79,25 +96,36 @@ class SparseForm(Form):
     def build(self, shape: Shape, *, dtype: torch.dtype | None = None, device: str | None = None) -> SparseMatrix:
         check_shape(shape, self)
         pattern = self.pattern(shape)
-        size = (pattern.places.count, pattern.group)[: 1 if pattern.group == 1 else 2]
-        return SparseMatrix(empty(*size, dtype=dtype, device=device), pattern.places.empty(device), self, pattern)
+        kept = self.values.build((1, pattern.places.count * pattern.group), dtype=dtype, device=device)
+        return SparseMatrix(kept, pattern.places.empty(device), self, pattern)
 
     def fit(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
     ) -> SparseMatrix:
         W = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
         pattern = self.pattern((W.shape[0], W.shape[1]))
-        return self.holding(*self.selection.chooser(W, weighting)(pattern), dtype or matrix.dtype)
+        return self.holding(*self.selection.chooser(W, weighting)(pattern), dtype or matrix.dtype, weighting)
 
     def holding(
-        self, keep: Bool[Tensor, "out in"], numbers: Float[Tensor, "out in"], dtype: torch.dtype
-    ) -> SparseMatrix:
-        """The module that holds these numbers at these places, which are as many as the pattern has."""
-        pattern = self.pattern((keep.shape[0], keep.shape[1]))
+        self, keep: Bool[Tensor, "out in"], numbers: Float[Tensor, "out in"], dtype: torch.dtype,
+        weighting: Weighting = PLAIN,
+    ) -> SparseMatrix:  # fmt: skip
+        """The module that holds these numbers at these places, which are as many as the pattern has.
+
+        Where the numbers have a form of their own, single errors count as they do in the weighting.
+        """
+        shape = (keep.shape[0], keep.shape[1])
+        pattern = self.pattern(shape)
         mask = pattern.spread(keep).any(-1)
-        values = pattern.spread(torch.where(keep, numbers, 0.0))[mask]
-        values = values[:, 0] if pattern.group == 1 else values
-        return SparseMatrix(stored(values, dtype), pattern.places.encode(mask), self, pattern)
+
+        def row(M: Tensor) -> Float[Tensor, "1 numbers"]:
+            return pattern.spread(M)[mask].view(1, -1)
+
+        each = PLAIN
+        if not isinstance(self.values, Dense):
+            each = Weighting(each=row(weighting.importance(shape).to(numbers.device)))
+        kept = self.values.fit(row(torch.where(keep, numbers, 0.0)), each, dtype=dtype)
+        return SparseMatrix(kept, pattern.places.encode(mask), self, pattern)
 
     def curve(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
@@ -107,11 +135,17 @@ class SparseForm(Form):
 
         def error(form: Form) -> float:
             assert isinstance(form, SparseForm)
-            module = form.holding(*choose(form.pattern((W.shape[0], W.shape[1]))), dtype)
+            module = form.holding(*choose(form.pattern((W.shape[0], W.shape[1]))), dtype, weighting)
             return weighting.norm2(W - module.dense().detach().to(W.dtype))
 
         energy = weighting.norm2(W) if energy is None else energy
-        return sampled_curve(self.ladder((W.shape[0], W.shape[1])), W, dtype, energy, ANCHORS, error)
+        ladders: dict[str, list[Form]] = {}
+        for form in self.ladder((W.shape[0], W.shape[1])):
+            assert isinstance(form, SparseForm)
+            ladders.setdefault(str(form.values), []).append(form)
+        curves = [sampled_curve(ladder, W, dtype, energy, ANCHORS, error) for ladder in ladders.values()]
+        points = (p for c in curves for p in zip(c.nbytes, c.errors, c.forms, strict=True))
+        return curves[0] if len(curves) == 1 else Curve.of(points, energy)
 
 
 def sampled_curve(

@@ -89,6 +89,7 @@ class Engine:
         self.job = Job(
             subject=subject, blocks=self.blocks, budget=budget, statistics=self.store.of, influence=[],
             layouts=part_layouts(subject, self.blocks), executor=executor or Threads(), progress=progress, seed=seed,
+            stream=self._stream,
         )  # fmt: skip
 
         if aside:
@@ -98,8 +99,8 @@ class Engine:
         """Calibration batches, and those on which plans are tried: an eighth, where the method asks for it."""
         if not self.method.tries_plans or not batches:
             return batches, []
-        if len(batches) < 2 or "input_ids" not in batches[0]:
-            raise ValueError(f"{self.method.key or 'this method'} sets calibration text aside: give at least two batches of input_ids")  # fmt: skip # noqa: E501
+        if len(batches) < 2:
+            raise ValueError(f"{self.method.key or 'this method'} sets calibration data aside: give at least two batches")  # fmt: skip # noqa: E501
         aside = batches_aside(len(batches))
         return batches[:-aside], batches[-aside:]
 
@@ -148,7 +149,7 @@ class Engine:
     def _rewrite(self, plan: Plan, part: int) -> list[Layer]:
         sequential = self.method.sequential and part != OUTSIDE
         with self.subject.loaded(*self.job.module_names(part)):
-            if sequential:
+            if sequential and self.request.any:
                 self._collect(part)
             with torch.no_grad():
                 layers = self.method.rewrite(self.job, plan, part)

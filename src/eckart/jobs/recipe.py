@@ -18,6 +18,7 @@ from eckart.allocation import Allocator, Budget, BudgetError, Problem, Uniform
 from eckart.allocation.base import Fitness
 from eckart.calibration.calibrate import Request
 from eckart.calibration.store import OUTSIDE
+from eckart.calibration.stream import Stream
 from eckart.calibration.subject import Subject, outside
 from eckart.checkpoint.layout import Layout, file_bytes, layout_of
 from eckart.checkpoint.ties import share, sharers
@@ -60,6 +61,8 @@ class Job:
             would be after that plan; only for methods that ask to try plans.
         scratch: what methods keep in memory between their calls; empty again when a killed job is resumed.
         fits: fitted layers of plans that were tried, while plans are tried that share them.
+        stream: the calibration data under way through the blocks, started, one for each name. In that called `hidden`,
+            where the method is sequential, what enters a block is what the blocks that were rewritten put out.
     """
 
     subject: Subject
@@ -74,6 +77,7 @@ class Job:
     trial: Tries | None = None
     scratch: dict[Any, Any] = field(default_factory=dict)
     fits: Fits | None = None
+    stream: Callable[[str], Stream] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -150,7 +154,7 @@ class Recipe(Method):
         allocation: how the budget is spread.
         one_shot: fit all layers on statistics of the original model; otherwise block by block on the compressed one.
         targets: regular expression that the names of targeted layers match in full; empty for all linear layers,
-            transformers' Conv1D and convolutions within the blocks.
+            transformers' Conv1D and convolutions within the blocks, or all but the head where there are no blocks.
     """
 
     form: Form = field(default_factory=LowRank)
@@ -176,21 +180,23 @@ class Recipe(Method):
     def sites(self, model: nn.Module, blocks: list[str]) -> dict[int, list[str]]:
         """Part -> names of the targeted layers."""
         found: dict[int, list[str]] = {}
+        owner: Any = getattr(model, "get_output_embeddings", lambda: None)
+        head = owner()
         for name, module in model.named_modules():
             kind = kind_of(module)
-            if kind is None or not self._targeted(name, kind, blocks):
+            if kind is None or not self._targeted(name, kind, blocks, module is head):
                 continue
-            part = next((i for i, b in enumerate(blocks) if name == b or name.startswith(b + ".")), OUTSIDE)
-            found.setdefault(part, []).append(name)
+            found.setdefault(part_of(name, blocks), []).append(name)
         if not found:
             raise ValueError(f"no layer of {type(model).__name__} is targeted{f' by {self.targets!r}' if self.targets else ''}")  # fmt: skip # noqa: E501
         return found
 
-    def _targeted(self, name: str, kind: str, blocks: list[str]) -> bool:
+    def _targeted(self, name: str, kind: str, blocks: list[str], head: bool) -> bool:
         if self.targets:
             return re.fullmatch(self.targets, name) is not None
-        inside = not blocks or any(name == b or name.startswith(b + ".") for b in blocks)
-        return inside and kind != "embedding"
+        if blocks:
+            return kind != "embedding" and part_of(name, blocks) != OUTSIDE
+        return kind != "embedding" and not head
 
     def request(self, model: nn.Module, blocks: list[str]) -> Request:
         needs = self.metric.needs
@@ -262,7 +268,20 @@ class Recipe(Method):
         planned = [self._planned(layers[name], curves[name], choice[name]) for name in layers]
         after = output_bytes(job, {layer.name: self._layout(job, layer) for layer in planned})
         seconds = 1.2 * (time.perf_counter() - started)
-        return Plan([*planned, *staying], job.input_bytes, after, total, seconds)
+        return Plan([*planned, *staying, *self._unknown(job)], job.input_bytes, after, total, seconds)
+
+    def _unknown(self, job: Job) -> Iterator[Layer]:
+        """Weights among the targets that no form can stand for, such as stacked experts: they are listed as dense."""
+        for name, module in job.model.named_modules():
+            if kind_of(module) is not None or not self._targeted(name, "", job.blocks, head=False):
+                continue
+            part = part_of(name, job.blocks)
+            for own, weight in module.named_parameters(recurse=False):
+                if weight.dim() > 1:
+                    shape = weight.numel() // weight.shape[-1], weight.shape[-1]
+                    nbytes = weight.numel() * job.dtype.itemsize
+                    note = f"left dense: {type(module).__name__} is no layer that a form can stand for"
+                    yield Layer(f"{name}.{own}", "", part, shape, str(Dense()), nbytes, nbytes, note=note)
 
     def _check(self, job: Job, total: int, smallest: int) -> None:
         """Raise `BudgetError` where the least possible output is above the budget."""
@@ -294,7 +313,7 @@ class Recipe(Method):
             return None
         trial = job.trial
         if trial is None:
-            raise ValueError(f"{self.allocation} measures plans on calibration text: it needs batches with input_ids")
+            raise ValueError(f"{self.allocation} measures plans on calibration data: give at least two batches")
 
         def fitness(choice: Mapping[str, int], tokens: int, draw: int) -> float:
             plan = Plan([self._planned(layers[n], curves[n], i) for n, i in choice.items()], 0, 0, 0)
@@ -397,6 +416,11 @@ class Recipe(Method):
             share(job.model, layer.name)
             done[layer.name] = layer.measured(result.error, result.note)
         return list(done.values())
+
+
+def part_of(name: str, blocks: list[str]) -> int:
+    """The block in which a module lies, or `OUTSIDE`."""
+    return next((i for i, b in enumerate(blocks) if name == b or name.startswith(b + ".")), OUTSIDE)
 
 
 def bias_width(kind: str, shape: Shape) -> int:

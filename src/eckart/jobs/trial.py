@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eckart.calibration.answers import Answer
 from eckart.calibration.store import OUTSIDE
 from eckart.calibration.stream import Batch, Stream, fast_products, single_rows
 from eckart.jobs.fits import Fits
@@ -22,7 +23,7 @@ class Trial:
 
     Args:
         job: whose model it is.
-        batches: windows with `input_ids`.
+        batches: windows of text, or whatever the model takes.
         folder: for hidden states.
     """
 
@@ -41,8 +42,8 @@ class Trial:
             method: whose plan it is.
             tokens: measure on as few whole windows as hold that many, or all where they do not; None for all.
             draw: decides which windows these are.
-            measure: `loss`, cross-entropy of the next token in nats; `divergence`, KL in nats from the answers of the
-                model as it is to those after the plan; `squares`, squared differences between both's logits.
+            measure: `loss`, cross-entropy of the next token in nats; `divergence`, in nats, from the answers of the
+                model as it is to those after the plan; `squares`, squared differences between both (see `Answer`).
             keep: remember fitted layers for other plans that are tried.
         """
         if measure not in MEASURES:
@@ -71,7 +72,7 @@ class Trial:
             if tokens <= 0:
                 break
             chosen.append(i)
-            tokens -= int(_real(self.batches[i]).sum())
+            tokens -= _size(self.batches[i])
         return sorted(chosen)
 
     @torch.no_grad()
@@ -102,52 +103,33 @@ class Trial:
     ) -> float:
         total, count = 0.0, 0
         for b, i in enumerate(chosen):
-            logits, wanted = _logits(stream, b), None
+            found, wanted = _answer(stream, b), None
             if before is not None and self.original is not None:
                 with _put_back(self.job.model, before):
-                    wanted = _logits(self.original, i)
-            values, real = measure(logits, wanted, self.batches[i])
+                    wanted = _answer(self.original, i)
+            values, real = measure(found, wanted)
             total += float((values * real).sum())
             count += int(real.sum())
         return total / max(1, count)
 
 
-def _logits(stream: Stream, batch: int) -> Tensor:
+def _answer(stream: Stream, batch: int) -> Answer:
     last = stream.hidden(len(stream.blocks)).read(stream.shapes, batch)
-    found: Tensor | None = getattr(stream.finish(last, batch), "logits", None)
-    if found is None:
-        raise ValueError(f"{type(stream.model).__name__} puts out no logits, by which plans are tried: use a method that tries none")  # fmt: skip # noqa: E501
-    return found.float()
+    return Answer.of(stream.model, stream.finish(last, batch), stream.batches[batch])
 
 
-def token_losses(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every next token (b, length - 1), and where it counts."""
-    ids, real = batch["input_ids"], _real(batch)
-    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-    return losses, real[:, 1:] & real[:, :-1]
-
-
-def _real(batch: Batch) -> Tensor:
-    """(b, length) True where a token is real."""
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-
-
-def divergence(logits: Tensor, wanted: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """KL(wanted || found) of every token (b, length), and where it counts."""
-    p, q = wanted.log_softmax(-1), logits.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1), _real(batch)
-
-
-def squares(logits: Tensor, wanted: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mean squared difference over the vocabulary of every token (b, length), and where it counts."""
-    return (logits - wanted).square().mean(-1), _real(batch)
-
-
-Measure = Callable[[Tensor, Any, Batch], tuple[Tensor, Tensor]]
+Measure = Callable[[Answer, Any], tuple[Tensor, Tensor]]
 MEASURES: dict[str, Measure] = {
-    "loss": lambda logits, wanted, batch: token_losses(logits, batch), "divergence": divergence, "squares": squares
-}  # fmt: skip
+    "loss": lambda found, wanted: found.losses(),
+    "divergence": lambda found, wanted: (found.divergence(wanted), found.real),
+    "squares": lambda found, wanted: (found.squares(wanted), found.real),
+}
+
+
+def _size(batch: Batch) -> int:
+    """Tokens of a window, or 1 where it is none."""
+    mask, ids = batch.get("attention_mask"), batch.get("decoder_input_ids", batch.get("input_ids"))
+    return int(mask.sum()) if mask is not None else 1 if ids is None else ids.numel()
 
 
 @contextmanager

@@ -15,6 +15,8 @@ TILE = 256
 """Rows of an outer product that are computed at a time."""
 
 INPUT_SUMS = frozenset({"x", "abs", "square", "outer"})
+EXPERT_SUMS = frozenset({"similarity", "routed", "expert_outer", "inner_outer"})
+FORWARD_SUMS = INPUT_SUMS | EXPERT_SUMS
 GRADIENT_SUMS = frozenset({"fisher", "fisher_in", "fisher_out", "grad_outer"})
 
 
@@ -27,9 +29,13 @@ class Statistics:
             `tokens` () rows seen, `x` (in,) their sum, `abs` (in,) of absolute values, `square` (in,) of squares,
             `outer` (in, in) of x xᵀ;
             `counts` (rows,) how often each row of a table was looked up, whose inputs are ids and not numbers;
+            `similarity` (experts, experts) of cosines between what all experts of a mixture put out for a row, `routed`
+            (experts,) rows sent to each, `expert_outer` (experts, width, width) and `inner_outer` (experts, inner,
+            inner) of x xᵀ over the rows sent to each, before its gate and before its last matrix, in float32;
             `examples` () sequences seen by the backward pass, `fisher` (out, in) squared per-example gradients,
-            `fisher_in` (in,) and `fisher_out` (out,) the same summed over the other side, `grad_tokens` () and
-            `grad_outer` (out, out) of g gᵀ, g being the gradient of the summed loss with respect to one output row.
+            `fisher_in` (in,) and `fisher_out` (out,) the same summed over the other side, `grad_tokens` () terms of
+            their losses and `grad_outer` (out, out) of g gᵀ, g being the gradient of the summed loss with respect to
+            one output row.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -55,8 +61,14 @@ class Statistics:
         counts = self.sums.setdefault("counts", torch.zeros(rows, dtype=torch.float64, device=ids.device))
         counts.index_add_(0, ids, torch.ones(ids.shape[0], dtype=torch.float64, device=ids.device))
 
-    def add_gradients(self, x: Float[Tensor, "*batch in"], g: Float[Tensor, "*batch out"], needs: frozenset[str]) -> None:  # fmt: skip # noqa: E501
-        """Add one example: inputs x of a layer and gradients g of the example's summed loss at its outputs."""
+    def add_gradients(
+        self, x: Float[Tensor, "*batch in"], g: Float[Tensor, "*batch out"], needs: frozenset[str],
+        terms: int | None = None,
+    ) -> None:  # fmt: skip
+        """Add one example: inputs x of a layer and gradients g of the example's loss at its outputs.
+
+        The loss is a sum of so many `terms`, by default of one a row.
+        """
         x, g = (as_multiplied(t.detach().reshape(-1, t.shape[-1])) for t in (x, g))
         self._add("examples", torch.tensor(1.0, dtype=torch.float64))
         if needs & {"fisher", "fisher_in", "fisher_out"}:
@@ -66,7 +78,7 @@ class Statistics:
             if "fisher" in needs:
                 self._add("fisher", squared)  # in float32: as large as the weight itself
         if "grad_outer" in needs:
-            self._add("grad_tokens", torch.tensor(float(g.shape[0]), dtype=torch.float64))
+            self._add("grad_tokens", torch.tensor(float(g.shape[0] if terms is None else terms), dtype=torch.float64))
             self._add_outer("grad_outer", g)
 
     def _add_outer(self, name: str, rows: Float[Tensor, "n width"]) -> None:

@@ -20,6 +20,7 @@ from eckart.checkpoint.layout import file_bytes, layout_of, save_tensors
 from eckart.checkpoint.reader import read_header
 from eckart.forms import FORMS, Factored, Form, parse
 from eckart.forms.base import Shape
+from eckart.forms.quantized_inputs import unrounded
 from eckart.linalg.weighting import Weighting
 from eckart.linalg.whitening import DiagonalRoot, psd_root
 from eckart.testing.numbers import error_ratio, gaussian
@@ -83,7 +84,7 @@ class FormContract:
         assert error_ratio(found, wanted) <= self.tolerance[dtype]
 
     def assert_computes_its_matrix(self, module: Factored, dtype: torch.dtype) -> None:
-        """Forward, with a bias and without, rows and shapes agree with `dense()`."""
+        """Forward, with a bias and without, rows and shapes agree with `dense()`, inputs not being rounded."""
         out, in_ = module.shape
         dense, bias = module.dense().detach(), gaussian(out, seed=3, dtype=dtype)
         assert dense.shape == (out, in_)
@@ -92,8 +93,9 @@ class FormContract:
             y = module(x)
             assert (y.shape, y.dtype) == ((*batch, out), dtype)
             wanted = x.double() @ dense.double().T
-            self.assert_close(y, wanted, dtype)
-            self.assert_close(module(x, bias), wanted + bias.double(), dtype)
+            with unrounded(module):
+                self.assert_close(module(x), wanted, dtype)
+                self.assert_close(module(x, bias), wanted + bias.double(), dtype)
             if out:
                 ids = torch.randint(out, batch, generator=torch.Generator().manual_seed(2))
                 self.assert_close(module.rows(ids), dense[ids], dtype)
@@ -114,9 +116,19 @@ class FormContract:
             found = torch.autograd.grad((y * weight).sum(), inputs, allow_unused=True)
             return [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, found, strict=True)]
 
-        pairs = zip(gradients(module(x, bias)), gradients(x @ module.dense().T + bias), strict=True)
-        for found, wanted in pairs:
-            self.assert_close(found, wanted, torch.float64)
+        with unrounded(module):
+            found = gradients(module(x, bias))
+        wanted = gradients(x @ module.dense().T + bias)
+        for a, b in zip(found, wanted, strict=True):
+            self.assert_close(a, b, torch.float64)
+        self.assert_close(gradients(module(x, bias))[0], wanted[0], torch.float64)  # through the rounding
+
+    def test_says_whether_it_rounds_its_inputs(self, form: Form, shape: Shape) -> None:
+        module, x = form.fit(gaussian(*shape, dtype=torch.float64)), gaussian(3, shape[1], seed=1, dtype=torch.float64)
+        off = error_ratio(module(x), x @ module.dense().T)
+        assert (off <= self.tolerance[torch.float64]) == module.exact
+        with unrounded(module):
+            assert module.exact
 
     def test_odd_shapes_compute_or_are_refused(self, form: Form, shape: Shape) -> None:
         for odd in ODD_SHAPES:
@@ -218,7 +230,8 @@ class FormContract:
             module, x = form.fit(gaussian(*shape), dtype=dtype), gaussian(3, shape[1], seed=1, dtype=dtype)
             save_tensors(module.state_dict(), tmp_path / f"{i}.state.safetensors")
             save_tensors({"x": x}, tmp_path / f"{i}.x.safetensors")
-            wanted.append({"y": module(x).detach(), "dense": module.dense().detach()})
+            with torch.no_grad():  # as it is served: learning may add up in another order
+                wanted.append({"y": module(x), "dense": module.dense()})
         texts = [[str(form), shape, str(dtype).removeprefix("torch.")] for form, shape, dtype in cases]
         foreign = {cls.__module__ for cls in FORMS.words.values() if not cls.__module__.startswith("eckart.")}
         (tmp_path / "cases.json").write_text(json.dumps({"cases": texts, "imports": sorted(foreign)}))
