@@ -21,19 +21,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from common import write_json
 from corpora import corpora
+from eckart.runs import train_tokenizer
+from eckart.runs.build import END
 
 SIZES = {
     "5m": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4},
     "15m": {"hidden_size": 384, "intermediate_size": 1056, "num_hidden_layers": 8, "num_attention_heads": 6},
 }
-VOCABULARY, LENGTH, BATCH, END = 4096, 256, 32, "<|end|>"
+VOCABULARY, LENGTH, BATCH = 4096, 256, 32
 HELD_OUT, JUDGED = 0.05, 60_000  # of each text; characters of that which are measured
 PEAK, WARM_UP, FLOOR = 3e-3, 100, 0.05
 
@@ -42,17 +43,6 @@ def split(texts: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """The texts to train on, and name -> what is held out."""
     cuts = {name: int(len(text) * (1 - HELD_OUT)) for name, text in texts.items()}
     return [texts[n][:c] for n, c in cuts.items()], {n: texts[n][c:] for n, c in cuts.items()}
-
-
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END], show_progress=False, initial_alphabet=alphabet
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, model_max_length=2 * LENGTH)
 
 
 def new_model(size: str, seed: int) -> LlamaForCausalLM:
@@ -146,7 +136,7 @@ def main() -> None:
 
     console = Console()
     texts, held = split(corpora())
-    tokenizer = train_tokenizer(texts)
+    tokenizer = train_tokenizer(texts, VOCABULARY, 2 * LENGTH)
     end = tokenizer.convert_tokens_to_ids(END)
     ids = torch.tensor([i for text in texts for i in [*tokenizer(text, verbose=False)["input_ids"], end]])
     model = new_model(a.size, a.seed).to(a.device)

@@ -45,19 +45,21 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Way:
-    """What a row does: a registered method, or a form; and what replaces its own metric and allocation."""
+    """What a row does: a registered method, or a form; and what replaces its own metric, allocation and targets."""
 
     method: str | None = None
     form: str | None = None
     metric: str | None = None
     allocation: str | None = None
+    targets: str | None = None
 
 
 def codes(settings: str = "", more: str = "") -> str:
-    """Codes of 1 to 5 bits in groups of 64, whichever the budget is better spent on."""
-    return " | ".join(f"quantized(bits={bits}, group=64{settings}){more}" for bits in range(1, 6))
+    """Codes of 1 to 8 bits in groups of 64, whichever the budget is better spent on."""
+    return " | ".join(f"quantized(bits={bits}, group=64{settings}){more}" for bits in (1, 2, 3, 4, 5, 6, 8))
 
 
+TABLES_TOO = r"(?!lm_head|proj_out).*"  # heads that share a table go with it
 GPTQ, SEARCHED, LOW_RANK = ", rounding=gptq()", ", grid=uniform(search=20)", " + low_rank()"
 ROWS = {
     "nearest": Way(form=codes(), allocation="optimal()"),
@@ -65,6 +67,8 @@ ROWS = {
     "nearest, searched": Way(form=codes(SEARCHED), metric=COVARIANCE, allocation="optimal()"),
     "gptq rounding": Way(form=codes(GPTQ), metric=COVARIANCE, allocation="optimal()"),
     "gptq, searched": Way(form=codes(SEARCHED + GPTQ), metric=COVARIANCE, allocation="optimal()"),
+    "nearest, tables too": Way(form=codes(), allocation="optimal()", targets=TABLES_TOO),
+    "gptq, tables too": Way(form=codes(GPTQ), metric=COVARIANCE, allocation="optimal()", targets=TABLES_TOO),
     "nearest + low rank": Way(form=codes(more=LOW_RANK), metric=COVARIANCE, allocation="optimal()"),
     "gptq + low rank": Way(form=codes(GPTQ, LOW_RANK), metric=COVARIANCE, allocation="optimal()"),
 }
@@ -119,7 +123,7 @@ def one(task: Task, way: Way, bits: float, batches: list[Batch], whole: bool) ->
     scale = Scale.of(model, task.targets, whole)
     words = {key: value for key, value in asdict(way).items() if key != "method" and value is not None}
     if task.targets:
-        words["targets"] = task.targets
+        words.setdefault("targets", task.targets)
     begin, cpu, row = time.perf_counter(), time.process_time(), dict[str, Any](way=asdict(way))
     try:
         result = eckart.compress(

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from eckart.anatomy.linears import features
 from eckart.registry import entries
@@ -85,6 +86,8 @@ def memory(groups: Groups) -> dict[str, int]:
     """
     found = {"adamw": sum(2 * p.numel() * max(p.itemsize, 4) for group in groups for _, p in group["params"])}
     for entry in entries("optimizers"):
+        if not issubclass(entry.cls, Optimizer):
+            continue
         found[entry.key] = entry.cls([_copy(group, entry.key) for group in groups]).expected_state_bytes()
     return found
 

@@ -21,7 +21,8 @@ SHAPES = ((10, 6), (6, 10), (8, 8))
 def registered_optimizers() -> list[tuple[str, Make, dict[str, Any]]]:
     """(name, class, settings of the projected group) of every registered optimiser."""
     dials: dict[str, dict[str, Any]] = {"frugal": {"density": 0.5}}
-    return [(e.key, e.cls, dials.get(e.key, {"rank": 3})) for e in entries("optimizers")]
+    found = [e for e in entries("optimizers") if issubclass(e.cls, torch.optim.Optimizer)]
+    return [(e.key, e.cls, dials.get(e.key, {"rank": 3})) for e in found]
 
 
 class OptimizerContract:

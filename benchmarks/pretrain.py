@@ -1,0 +1,249 @@
+"""Pre-training with low-rank gradients and low-rank weights, side by side: quality, memory, time.
+
+    python benchmarks/pretrain.py [--json pretrain.json] [--page pretrain.html] [--size 5m|15m] [--methods galore ...]
+                                  [--tokens 1500000] [--sweep 300000] [--rates 0.001 0.003 0.01] [--quick]
+
+Every method trains the decoder of pretrain_decoder.py from the same weights on the same texts, in the same order, in
+bfloat16 autocast, with the loop of `eckart train`. Its learning rate is the best of a small grid, the same one for all
+methods, each tried on the same, smaller number of tokens (its own warm-up and decay included); it then trains once on
+all tokens. A rate at the edge of the grid is marked: a wider grid might do better. Adam's betas, the ranks, and the
+steps between refreshes are the same for all; the other settings are those of the papers, as the library has them.
+
+"bytes" are counted, tensor by tensor: weights, gradients and optimiser state at the last step, and what autograd keeps
+of one batch. Perplexity is on windows of the held-out texts, of the model as it would be saved. Every run is written
+to the JSON file as it ends, and the same command goes on with what is missing. The usual size takes up to four hours on
+two cores, `--quick` two minutes, which say nothing about quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+import eckart
+from common import machine, table, write_json
+from corpora import corpora
+from eckart.calibration.data import token_batches
+from eckart.calibration.tokens import Tokens
+from eckart.evaluation import perplexity
+from eckart.forms import Dense, LowRank
+from eckart.forms.algebra import SumMatrix
+from eckart.remarks import noting
+from eckart.report.axis import Axis
+from eckart.report.numbers import size
+from eckart.report.page import figure, legend, section, shell, write
+from eckart.report.svg import Chart, category, shape
+from eckart.runs import Loop, Optimizer, Training, finish
+from eckart.runs.build import optimizer_for
+from eckart.training.base import Born, dtype_of, like
+from models import decoder
+from pretrain_decoder import LENGTH, SIZES, new_model, split
+
+BATCH, BETAS, JUDGED, CUT = 8, (0.9, 0.95), 128, 150_000
+KEPT = ("weight_bytes", "gradient_bytes", "state_bytes", "activation_bytes")
+
+
+@dataclass(frozen=True)
+class Frozen(Born):
+    """LoRA from scratch: W stays as it was drawn, and B A beside it learns."""
+
+    rank: int = 64
+
+    def stand_in(self, module: nn.Module, W: Tensor, generator: torch.Generator) -> nn.Module:
+        dtype = dtype_of(module)
+        base, low = Dense().fit(W, dtype=dtype), LowRank(self.rank).build((W.shape[0], W.shape[1]), dtype=dtype)
+        B, A = low.parameters()
+        nn.init.zeros_(B)
+        A.data.copy_(torch.empty(A.shape).uniform_(-1, 1, generator=generator) / math.sqrt(A.shape[1]))
+        return like(module, SumMatrix([base.requires_grad_(False), low], Dense() + LowRank(self.rank)))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One row: an optimiser, and a structure of the weights, with the settings that differ from the usual ones."""
+
+    optimizer: str = "adamw"
+    settings: dict[str, Any] = field(default_factory=dict)
+    form: str = ""
+    method: str = ""
+    structure: dict[str, Any] = field(default_factory=dict)
+
+
+def ways(rank: int, density: float, interval: int) -> dict[str, Way]:
+    projected = {"rank": rank, "interval": interval}
+    return {
+        "AdamW, full rank": Way(),
+        "low-rank factors": Way(form=f"low_rank(rank={rank})"),
+        "LoRA-type": Way(method="frozen", structure={"rank": rank}),
+        "GaLore": Way("galore", projected),
+        "Q-GaLore": Way("q_galore", {**projected, "int8": True}),
+        "Fira": Way("fira", projected),
+        "FRUGAL": Way("frugal", {"density": density, "interval": interval}),
+        "DCT-AdamW": Way("dct_adamw", {"rank": rank}),
+        "SLTrain": Way(method="sltrain", structure={"rank": rank}),
+        "LOST": Way(method="lost", structure={"rank": rank}),
+        "SST": Way(method="sst", structure={"rank": rank, "every": interval}),
+    }
+
+
+def texts(quick: bool) -> tuple[Tokens, Tokens]:
+    """Windows to train on, and windows of the held-out texts."""
+    train, held = split(corpora())
+    tokenizer = AutoTokenizer.from_pretrained(decoder())
+    if quick:
+        train, held = [t[:CUT] for t in train], {n: t[: CUT // 20] for n, t in held.items()}
+    windows, judged = (token_batches(t, tokenizer, samples=None, length=LENGTH) for t in (train, [*held.values()]))
+    return windows, judged[:: max(1, len(judged) // JUDGED)]
+
+
+def one(way: Way, lr: float, tokens: int, windows: Tokens, judged: Tokens, a: argparse.Namespace) -> dict[str, Any]:
+    """Train once; a run that diverges has no perplexity, and says why."""
+    model = new_model(a.size, a.seed).to(a.device)
+    schedule = None
+    if way.form or way.method:
+        method: Any = Frozen() if way.method == "frozen" else way.method or None
+        with noting():  # of narrow matrices, two factors are no smaller
+            schedule = eckart.training.structure(model, method, form=way.form or None, seed=a.seed, **way.structure)
+    extra = dict(way.settings)
+    dials = {k: extra.pop(k) for k in ("rank", "density", "int8") if k in extra}
+    settings = Optimizer(way.optimizer, lr, **dials, settings={"betas": BETAS, **extra})
+    optimizer = optimizer_for(model, settings, a.seed)
+    training = Training(steps=max(1, tokens // (BATCH * LENGTH)), batch=BATCH, precision="bfloat16", device=a.device)
+    loop = Loop(model, optimizer, windows, training, schedule=schedule, seed=a.seed)
+    found: dict[str, Any] = {"lr": lr, "tokens": tokens, "parameters": sum(p.numel() for p in model.parameters())}
+    begin, measured = time.perf_counter(), []
+    try:
+        while loop.steps < training.steps:
+            measured.append(loop.step())
+        finish(loop)
+        found["perplexity"] = perplexity(model, judged, BATCH).value
+    except (RuntimeError, ValueError) as error:
+        found |= {"perplexity": None, "error": str(error)}
+    if measured:
+        found |= {name: asdict(measured[-1])[name] for name in KEPT}
+        found["seconds_per_step"] = statistics.median(m.seconds for m in measured)
+        found["loss"] = statistics.mean(m.loss for m in measured[-max(1, len(measured) // 20) :])
+    return found | {"seconds": time.perf_counter() - begin, "load": machine()["load"]}
+
+
+def measure(report: dict[str, Any], windows: Tokens, judged: Tokens, a: argparse.Namespace, console: Console) -> None:
+    """Add the runs that the report lacks."""
+    for name, way in ways(a.rank, a.density, a.interval).items():
+        if name not in a.methods:
+            continue
+        row = report["rows"].setdefault(name, {"way": asdict(way), "sweep": {}, "final": None})
+        for lr in a.rates:
+            if str(lr) not in row["sweep"]:
+                row["sweep"][str(lr)] = run = one(way, lr, a.sweep, windows, judged, a)
+                write_json(report, a.json)
+                console.print(f"{name}, rate {lr:g}: {said(run)}", highlight=False)
+        tried = {lr: row["sweep"][str(lr)]["perplexity"] for lr in a.rates}
+        alive = {lr: value for lr, value in tried.items() if value is not None}
+        if alive and row["final"] is None:
+            best = min(alive, key=lambda lr: alive[lr])
+            row["final"] = one(way, best, a.tokens, windows, judged, a)
+            row["final"]["edge"] = best in (min(a.rates), max(a.rates))
+            write_json(report, a.json)
+            console.print(f"{name}, {a.tokens:,} tokens: {said(row['final'])}", highlight=False)
+
+
+def said(run: dict[str, Any]) -> str:
+    if run["perplexity"] is None:
+        return run["error"]
+    return f"perplexity {run['perplexity']:.1f}, {run['seconds_per_step']:.2f} s a step, {run['seconds']:.0f} s in all"
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    s = report["settings"]
+    title = f"{s['size']}, {s['tokens']:,} tokens, rank {s['rank']}; rates {s['rates']}, {s['sweep']:,} tokens each"
+    heads = ["rate", "perplexity", "parameters", *(k.replace("_bytes", " MB") for k in KEPT), "s/step"]
+    shown = table(title, ["method"], heads)
+    for name, row in report["rows"].items():
+        run = row["final"]
+        if run is None or run["perplexity"] is None:
+            shown.add_row(name, *["-", "diverged" if run or len(row["sweep"]) == len(s["rates"]) else "-"])
+            continue
+        shown.add_row(
+            name, f"{run['lr']:g}{'*' if run['edge'] else ''}", f"{run['perplexity']:.2f}", f"{run['parameters']:,}",
+            *(f"{run[k] / 1e6:.1f}" for k in KEPT), f"{run['seconds_per_step']:.2f}",
+        )  # fmt: skip
+    console.print(shown)
+    console.print("* at the edge of the grid")
+
+
+def draw(report: dict[str, Any], out: Path) -> None:
+    """A page with perplexity over the counted bytes."""
+    runs = {n: r["final"] for n, r in report["rows"].items() if r["final"] and r["final"]["perplexity"]}
+    if not runs:
+        return
+    figures = []
+    for heading, keys in (("Weights, gradients and optimiser state", KEPT[:3]), ("Activations, too", KEPT)):
+        points = {n: (sum(r[k] for k in keys) / 1e6, r["perplexity"]) for n, r in runs.items()}
+        chart = Chart(
+            Axis.around([x for x, _ in points.values()], zero=True, label="MB"),
+            Axis.around([y for _, y in points.values()], label="held-out perplexity"), title=heading, height=320,
+        )  # fmt: skip
+        for i, (name, (x, y)) in enumerate(points.items()):
+            chart.mark(x, y, i, category(i), f"{name}: {y:.2f} at {size(1e6 * x)}")
+        figures.append(figure(heading, chart.render()))
+    key = legend((shape(i, category(i)), name) for i, name in enumerate(runs))
+    s, what = report["settings"], "Pre-training with low-rank gradients and low-rank weights"
+    lead = f"{s['size']} parameters, {s['tokens']:,} tokens, rank {s['rank']}"
+    body = section("Perplexity over memory", key + "".join(figures))
+    write(shell(title=what, kicker="eckart · benchmarks", lead=lead, body=body, foot="Written by pretrain.py."), out)
+
+
+def opened(a: argparse.Namespace) -> dict[str, Any]:
+    """The report of the same settings that is there, or a new one."""
+    settings = {k: getattr(a, k) for k in ("size", "tokens", "sweep", "rates", "rank", "density", "interval", "seed", "quick")}  # fmt: skip # noqa: E501
+    if a.json.exists():
+        report: dict[str, Any] = json.loads(a.json.read_text(encoding="utf-8"))
+        differ = [k for k in settings if report["settings"].get(k) != settings[k]]
+        if differ:
+            raise SystemExit(f"{a.json} holds runs with other settings ({', '.join(differ)}): name another file")
+        return report
+    return {"machine": machine(), "settings": settings, "rows": {}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(ways(1, 0.5, 1))
+    parser.add_argument("--json", type=Path, default=Path("pretrain.json"), help="the results, and where a run goes on")
+    parser.add_argument("--page", type=Path, help="also draw perplexity over memory into this HTML file")
+    parser.add_argument("--size", choices=list(SIZES), default="5m")
+    parser.add_argument("--methods", nargs="+", choices=names, default=names)
+    parser.add_argument("--tokens", type=int, default=1_500_000, help="of the last run of each method")
+    parser.add_argument("--sweep", type=int, default=300_000, help="of a run that tries a learning rate")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--rank", type=int, default=64, help="of projectors and factors (default 64)")
+    parser.add_argument("--density", type=float, default=0.25, help="of FRUGAL, which has no rank")
+    parser.add_argument("--interval", type=int, default=100, help="steps between refreshes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a little text, a few steps, two rates")
+    a = parser.parse_args()
+    if a.quick:
+        a.tokens, a.sweep, a.rates, a.interval = 4 * BATCH * LENGTH, BATCH * LENGTH, a.rates[-2:], 2
+    console, report = Console(), opened(a)
+    windows, judged = texts(a.quick)
+    if a.quick:
+        judged = judged[:8]
+    measure(report, windows, judged, a, console)
+    show(report, console)
+    if a.page:
+        draw(report, a.page)
+
+
+if __name__ == "__main__":
+    main()
