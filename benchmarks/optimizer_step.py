@@ -185,7 +185,7 @@ def main() -> None:
     if a.quick:
         a.layers, a.rank, a.interval = 1, 64, 20
     torch.set_num_threads(a.threads)
-    console, rows = Console(), []
+    console, rows = Console(width=None if sys.stdout.isatty() else 140), []
     title = f"{a.layers} blocks of SmolLM2-135M, rank {a.rank}, interval {a.interval}, {a.threads} threads"
     shown = table(title, ["optimiser"], ["CPU ms", "step", "amortised", "worst", "first", "state bytes"])
     for name in a.only or OPTIMIZERS:

@@ -40,8 +40,8 @@ def methods(as_json: JsonOption = False) -> None:
         names = ("key", "wing", "family", "paper", "summary")
         show_json({"methods": [{n: getattr(e, n) for n in names} for e in found]})
         return
-    rows = [[e.key, e.family, e.summary] for e in found]
-    out.print(table("Methods", ["key", "family", "what it does"], rows, left=3))
+    rows = [[e.key, e.wing, e.family, e.summary] for e in found]
+    out.print(table("Methods", ["key", "wing", "family", "what it does"], rows, left=4))
 
 
 @app.command()
@@ -264,6 +264,21 @@ def resize(
             return
     _show_plan(result)
     out.print(f"saved to [bold]{result.folder}[/]")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The settings of the run.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output, once the new one is whole, and an unfinished run.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a decoder with any optimiser and any structure of its weights."""
+    from eckart.cli.train import run_train
+
+    run_train(config, resume, overwrite, as_json)
 
 
 @app.command()

@@ -33,6 +33,7 @@ LABELS = {
     "plan": "Planning",
     "trial": "Trying plans",
     "fit": "Fitting",
+    "train": "Training",
     "evaluate": "Evaluating",
     "agreement": "Comparing",
     "perplexity": "Evaluating",

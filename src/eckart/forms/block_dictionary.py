@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from eckart.forms.algebra import ProductMatrix
@@ -55,7 +55,7 @@ class BlockDictionary(Coded):
     def open(self) -> bool:
         return self.nonzeros is None
 
-    def _sizes(self, shape: Shape) -> tuple[int, int, int]:
+    def sizes(self, shape: Shape) -> tuple[int, int, int]:
         """Blocks, atoms and columns of each."""
         blocks = max(1, -(-shape[1] // self.block))
         return blocks, min(self.atoms, shape[0]), -(-shape[1] // blocks)
@@ -63,10 +63,11 @@ class BlockDictionary(Coded):
     def ladder(self, shape: Shape) -> list[Form]:
         if not self.open:
             return [self]
-        return [replace(self, nonzeros=s) for s in spread(1, min(self._sizes(shape)[1:]), RUNGS)]
+        return [replace(self, nonzeros=s) for s in spread(1, min(self.sizes(shape)[1:]), RUNGS)]
 
-    def _codes(self, shape: Shape) -> SemiSparse:
-        _, k, block = self._sizes(shape)
+    def codes(self, shape: Shape) -> SemiSparse:
+        """The form of the codes of all blocks together."""
+        _, k, block = self.sizes(shape)
         if self.nonzeros is None:
             raise ValueError(f"{self} has no number of entries yet: give nonzeros, or a budget that decides it")
         if self.nonzeros > min(k, block):
@@ -75,8 +76,8 @@ class BlockDictionary(Coded):
 
     def build(self, shape: Shape, *, dtype: torch.dtype | None = None, device: str | None = None) -> ProductMatrix:
         check_shape(shape, self)
-        blocks, k, _ = self._sizes(shape)
-        codes = self._codes(shape).build((shape[0], blocks * k), dtype=dtype, device=device)
+        blocks, k, _ = self.sizes(shape)
+        codes = self.codes(shape).build((shape[0], blocks * k), dtype=dtype, device=device)
         return ProductMatrix(
             codes, BlockDiagonal(blocks).build((blocks * k, shape[1]), dtype=dtype, device=device), self
         )
@@ -85,8 +86,8 @@ class BlockDictionary(Coded):
         self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
     ) -> ProductMatrix:
         out, in_ = matrix.shape
-        blocks, k, block = self._sizes((out, in_))
-        form, dtype = self._codes((out, in_)), dtype or matrix.dtype
+        blocks, k, block = self.sizes((out, in_))
+        form = self.codes((out, in_))
         plain = isinstance(weighting.right, IdentityRoot)
         C = torch.empty(0) if plain else weighting.right.gram(in_)
         W = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
@@ -97,5 +98,12 @@ class BlockDictionary(Coded):
             own = Weighting(weighting.left, weighting.right if plain else psd_root(C[here, here], 1e-9, "eigen"))
             n = min(form.n or 0, k)
             X[:, codes], keep[:, codes], D[j, :, : here.stop - here.start] = coded(W[:, here], own, self, k, n)
-        atoms = BlockDiagonalMatrix(stored(D, dtype), (blocks * k, in_), BlockDiagonal(blocks))
-        return ProductMatrix(form.holding(keep, X, dtype), atoms, self)
+        return self.holding(X, keep, D, in_, dtype or matrix.dtype)
+
+    def holding(
+        self, X: Float[Tensor, "out codes"], keep: Bool[Tensor, "out codes"], D: Float[Tensor, "blocks k b"], in_: int,
+        dtype: torch.dtype,
+    ) -> ProductMatrix:  # fmt: skip
+        """The module with these codes, of which `keep` says where they may differ from zero, and these atoms."""
+        atoms = BlockDiagonalMatrix(stored(D, dtype), (D.shape[0] * D.shape[1], in_), BlockDiagonal(D.shape[0]))
+        return ProductMatrix(self.codes((X.shape[0], in_)).holding(keep, X, dtype), atoms, self)

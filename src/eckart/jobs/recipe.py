@@ -183,13 +183,17 @@ class Recipe(Method):
         owner: Any = getattr(model, "get_output_embeddings", lambda: None)
         head = owner()
         for name, module in model.named_modules():
-            kind = kind_of(module)
+            kind = self.kind(module)
             if kind is None or not self._targeted(name, kind, blocks, module is head):
                 continue
             found.setdefault(part_of(name, blocks), []).append(name)
         if not found:
             raise ValueError(f"no layer of {type(model).__name__} is targeted{f' by {self.targets!r}' if self.targets else ''}")  # fmt: skip # noqa: E501
         return found
+
+    def kind(self, module: nn.Module) -> str | None:
+        """What kind of layer a module is; None for what is never targeted."""
+        return kind_of(module)
 
     def _targeted(self, name: str, kind: str, blocks: list[str], head: bool) -> bool:
         if self.targets:

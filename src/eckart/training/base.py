@@ -63,9 +63,14 @@ class StructuredSchedule(Schedule):
 
 @dataclass(frozen=True)
 class TrainingMethod(ABC):
-    """A way to structure weights while they are trained. Its dataclass fields are its hyperparameters."""
+    """A way to structure weights while they are trained. Its dataclass fields are its hyperparameters.
+
+    Attributes:
+        taken: knows which kinds of layers the method takes.
+    """
 
     key: ClassVar[str] = ""
+    taken: ClassVar[type[Recipe]] = Recipe
 
     @abstractmethod
     def place(self, model: nn.Module, names: list[str], seed: int) -> Schedule:
@@ -78,7 +83,7 @@ class Born(TrainingMethod):
 
     @abstractmethod
     def stand_in(self, module: nn.Module, W: Float[Tensor, "out in"], generator: torch.Generator) -> nn.Module:
-        """What takes a layer's place, of which W is the weight in float32 or wider."""
+        """What takes a layer's place, of which W is the weight in float32 or wider; the layer itself to leave it."""
 
     def place(self, model: nn.Module, names: list[str], seed: int) -> Schedule:
         for name, W in weights(model, names):
@@ -87,6 +92,9 @@ class Born(TrainingMethod):
                 new = self.stand_in(module, W, generator_of(seed, names.index(name)))
             except ValueError as e:
                 raise ValueError(f"{name}: {e}") from None
+            if new is module:
+                remark(f"{name} stays as it is: at this rank nothing would be saved", NoSaving)
+                continue
             put(model, name, new)
             if size(new) >= size(module):
                 remark(f"{name}: {size(new):,} parameters take the place of {size(module):,}, which saves nothing: lower the rank or the density", NoSaving)  # fmt: skip # noqa: E501
@@ -139,7 +147,7 @@ def structure(
     else:
         chosen = find(method, "training").cls() if isinstance(method, str) else method
     chosen = with_settings(chosen, settings)
-    names = targeted(model, layers)
+    names = targeted(model, layers, chosen.taken)
     schedule = chosen.place(model, names, seed)
     words = {"training": chosen.key or str(form), **words_of(chosen), "seed": seed}
     if isinstance(schedule, Finished):
@@ -149,9 +157,9 @@ def structure(
     return schedule
 
 
-def targeted(model: nn.Module, layers: str) -> list[str]:
+def targeted(model: nn.Module, layers: str, taken: type[Recipe] = Recipe) -> list[str]:
     """Names of the layers that `layers` asks for, none of them shared or factored already."""
-    sites = Recipe(targets=layers).sites(model, block_names(model))
+    sites = taken(targets=layers).sites(model, block_names(model))
     names = [name for part in sorted(sites) for name in sites[part]]
     for name in names:
         module = model.get_submodule(name)

@@ -18,7 +18,7 @@ from eckart.remarks import remark
 from eckart.schedules import Every, Schedule
 from eckart.schedules.base import add_gradient
 from eckart.training.base import NoSaving, StructuredSchedule, TrainingMethod, dtype_of, laid_out, like, put
-from eckart.training.separable import SeparableConv2d, by_sides, check_padding, from_sides
+from eckart.training.separable import by_sides, from_sides, separated
 
 
 class Leading(NamedTuple):
@@ -84,13 +84,6 @@ class TRP(TrainingMethod):
             raise ValueError(f"trp(threshold={self.threshold!r}): it is a share from 0 to 1")
 
     def place(self, model: nn.Module, names: list[str], seed: int) -> Schedule:
-        for name in names:
-            module = model.get_submodule(name)
-            if self.split == "spatial" and isinstance(module, nn.Conv2d):
-                try:
-                    check_padding(module)
-                except ValueError as e:
-                    raise ValueError(f"{name}: {e}") from None
         return RankPruning(model, names, self)
 
 
@@ -150,7 +143,7 @@ class RankPruning(StructuredSchedule):
             if rank * sum(M.shape) >= M.numel():
                 remark(f"{name} stays dense: two factors of its rank {rank} would be no smaller", NoSaving)
             elif self.spatial(module):
-                put(self.model, name, SeparableConv2d.of(module, M, rank))
+                put(self.model, name, separated(module, M, rank))
             else:
                 put(self.model, name, like(module, LowRank(rank).fit(M, dtype=dtype_of(module))))
 
