@@ -133,7 +133,7 @@ def test_moments_can_be_rotated_into_any_new_basis() -> None:
         (SGD(), lambda p: torch.optim.SGD(p, lr=0.01)),
         (SGD(0.9), lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)),
     ],
-    ids=str,
+    ids=["adam", "sgd", "momentum"],
 )
 def test_rules_without_a_projection_are_those_of_torch(inner: Rule, theirs: object) -> None:
     for foreach in (False, True):
