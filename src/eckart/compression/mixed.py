@@ -14,13 +14,14 @@ from eckart.calibration.store import OUTSIDE
 from eckart.forms import Curve, Dense, Form, Quantized, parse
 from eckart.forms.layers import kind_of
 from eckart.jobs.plan import Layer, Plan
-from eckart.jobs.recipe import Job, Recipe, count_weights
+from eckart.jobs.recipe import Job, Recipe, count_weights, part_of
 from eckart.metrics import Kronecker, Metric, Plain
 
 TRUST = 100.0
 """By how much a measured loss may correct a predicted one."""
 
 Kind = tuple[str, str]
+LAYERS = "layers"
 
 
 def everything() -> Form:
@@ -39,8 +40,8 @@ class Mixed(Recipe):
     adds up predictions, and is then searched around by measuring whole plans.
 
     Args:
-        table: form of the token table, which has no curvature of its own: its errors count as they are, times what
-            one trial says; None leaves it.
+        table: form of the tables (of tokens, positions, ...), which have no curvature of their own: their errors count
+            as they are, times what one trial of each says; None leaves them.
     """
 
     form: Form = field(default_factory=everything)
@@ -50,21 +51,19 @@ class Mixed(Recipe):
 
     def sites(self, model: nn.Module, blocks: list[str]) -> dict[int, list[str]]:
         found = super().sites(model, blocks)
-        table = self._table(model)
-        if table is not None and table not in found.get(OUTSIDE, []):
-            found = {**found, OUTSIDE: [*found.get(OUTSIDE, []), table]}
-        return found
+        tables = [t for t in self._tables(model, blocks) if t not in found.get(OUTSIDE, [])]
+        return {**found, OUTSIDE: [*found.get(OUTSIDE, []), *tables]} if tables else found
 
-    def _table(self, model: nn.Module) -> str | None:
-        """The name of the token table, where it is to be treated and can be."""
-        owner = getattr(model, "get_input_embeddings", None)
-        table = owner() if self.table is not None and callable(owner) else None
-        if type(table) is not nn.Embedding:
-            return None
-        return next(name for name, module in model.named_modules() if module is table)
+    def _tables(self, model: nn.Module, blocks: list[str]) -> list[str]:
+        """The tables outside the blocks, where they are to be treated."""
+        if self.table is None:
+            return []
+        tables = (name for name, module in model.named_modules() if type(module) is nn.Embedding)
+        return [name for name in tables if not blocks or part_of(name, blocks) == OUTSIDE]
 
     def form_of(self, model: nn.Module, name: str) -> Form:
-        return self.table if self.table is not None and name == self._table(model) else self.form
+        table = kind_of(model.get_submodule(name)) == "embedding"
+        return self.table if table and self.table is not None else self.form
 
     def metric_of(self, model: nn.Module, name: str) -> Metric:
         return Plain() if kind_of(model.get_submodule(name)) == "embedding" else self.metric
@@ -80,8 +79,7 @@ class Mixed(Recipe):
             predicted = sum(curves[n].errors[i] for n, i in choice.items()) / 2
             plan = Plan([self._planned(layers[n], curves[n], i) for n, i in choice.items()], 0, 0, 0)
             measured = job.trial(self, plan, measure="divergence", keep=True)
-            plain = kind[0] == "embedding"
-            factors[kind] = _factor(measured, predicted, bounded=not plain) if predicted > 0 else 1.0
+            factors[kind] = _factor(measured, predicted, bounded=kind[0] == LAYERS) if predicted > 0 else 1.0
 
         def judge(name: str) -> Callable[[float, Form], float]:
             return lambda error, form: error / 2 * factors.get(_kind(layers[name], form), 1.0)
@@ -105,8 +103,8 @@ def _factor(measured: float, predicted: float, bounded: bool) -> float:
 
 
 def _kind(layer: Layer, form: Form) -> Kind:
-    """Forms that one factor corrects: those of one word, of table or layer."""
-    return layer.kind if layer.kind == "embedding" else "layer", getattr(form, "word", "")
+    """Forms that one factor corrects: those of one word, of all layers or of one table."""
+    return layer.name if layer.kind == "embedding" else LAYERS, getattr(form, "word", "")
 
 
 def _of_one_kind(layers: Mapping[str, Layer], curves: Mapping[str, Curve], kind: Kind, share: float) -> dict[str, int]:
