@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 
-from eckart import optimizers, training
+from eckart import adapters, optimizers, training
 from eckart.checkpoint.hf import EckartConfig
 from eckart.compression import Compressed, compress, compress_to
 from eckart.forms import Dense, Diagonal, Form, LowRank, Product, Sum, densify, parse
@@ -43,6 +43,7 @@ __all__ = [
     "Product",
     "Result",
     "Sum",
+    "adapters",
     "compress",
     "compress_to",
     "densify",

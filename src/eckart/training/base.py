@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from eckart.calibration.subject import block_names
 from eckart.checkpoint.hf import describe
 from eckart.checkpoint.ties import sharers
 from eckart.forms import Factored, Form, LowRank, as_form, drop_in
-from eckart.forms.layers import DropIn, dense_layer, kind_of, matrix_of
+from eckart.forms.densifying import dense_layer
+from eckart.forms.layers import DropIn, kind_of, matrix_of
+from eckart.forms.layout import laid_out
 from eckart.jobs.recipe import Recipe
 from eckart.jobs.remember import remember
 from eckart.linalg.whitening import check_finite
@@ -195,20 +196,6 @@ def factored_or_dense(module: nn.Module, W: Float[Tensor, "out in"], rank: int) 
         return like(module, LowRank(rank).fit(W, dtype=dtype_of(module)))
     bias: Any = getattr(module, "bias", None)
     return dense_layer(module, laid_out(module, W.to(dtype_of(module))), None if bias is None else bias.detach())
-
-
-def laid_out(module: nn.Module, W: Float[Tensor, "out in"]) -> Tensor:
-    """A matrix as the weight of a layer of this kind: the inverse of `as_matrix`."""
-    if isinstance(module, Conv1D):
-        return W.t().contiguous()
-    return W.view(W.shape[0], -1, *module.kernel_size) if isinstance(module, nn.Conv2d) else W.contiguous()
-
-
-def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """A tensor laid out as the layer's weight, as a matrix (out, in)."""
-    if isinstance(module, Conv1D):
-        return weight.t()
-    return weight.flatten(1) if isinstance(module, nn.Conv2d) else weight
 
 
 def put(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eckart.forms.layers import DropIn, ReadOnly, StandIn, kind_of, stand_in
+from eckart.forms.layers import DropIn, kind_of
+from eckart.forms.read_only import ReadOnly
+from eckart.forms.stand_ins import StandIn, stand_in
 from eckart.jobs.recipe import Recipe
 
 CONVOLUTIONS: tuple[type[Any], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

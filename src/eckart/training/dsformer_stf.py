@@ -13,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.forms.algebra import ProductMatrix
 from eckart.forms.block_dictionary import BlockDictionary
+from eckart.forms.layout import as_matrix
 from eckart.linalg.sparse_coding import ksvd_step, omp
 from eckart.registry import method
 from eckart.remarks import remark
 from eckart.schedules import Every, Schedule, at_step
-from eckart.training.base import NoSaving, TrainingMethod, as_matrix, dtype_of, like, put, weights
+from eckart.training.base import NoSaving, TrainingMethod, dtype_of, like, put, weights
 from eckart.training.parametrised import ParametrisedTraining, original
 
 RIDGE = 1e-6

@@ -10,11 +10,12 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from eckart.forms import Sparse
+from eckart.forms.layout import as_matrix, laid_out
 from eckart.forms.patterns import Anywhere
 from eckart.registry import method
 from eckart.remarks import remark
 from eckart.schedules import Every, Ramp, Schedule, at_step
-from eckart.training.base import NoSaving, TrainingMethod, as_matrix, laid_out
+from eckart.training.base import NoSaving, TrainingMethod
 from eckart.training.parametrised import ParametrisedTraining, original, store_sparse
 
 

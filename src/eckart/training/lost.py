@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from eckart.forms import Dense, Factored, Form, LowRank, Product, Select
 from eckart.forms.algebra import ProductMatrix, SumMatrix
 from eckart.forms.base import parse
-from eckart.forms.layers import StandIn, kind_of, matrix_shape, stand_in
+from eckart.forms.layers import kind_of, matrix_shape
 from eckart.forms.scaled import Scaled, ScaledMatrix
+from eckart.forms.stand_ins import StandIn, stand_in
 from eckart.registry import method
 from eckart.training.base import Born, dtype_of, like
 

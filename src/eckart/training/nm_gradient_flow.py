@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eckart.forms import SemiSparse, Sparse
+from eckart.forms.layout import as_matrix
 from eckart.forms.patterns import OfEvery
 from eckart.forms.sparse import SparseForm
 from eckart.registry import method
 from eckart.remarks import remark
 from eckart.schedules import Schedule, at_step
-from eckart.training.base import NoSaving, TrainingMethod, as_matrix
+from eckart.training.base import NoSaving, TrainingMethod
 from eckart.training.parametrised import ParametrisedTraining, original, store_sparse
 
 RecipeName = Literal["mdgf-exponential", "mdgf-linear", "sdgf-stepwise", "sdgf-geometric", "sr-ste"]

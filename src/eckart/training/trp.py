@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from eckart.forms import LowRank
 from eckart.forms.layers import matrix_of
+from eckart.forms.layout import laid_out
 from eckart.linalg.svd import truncated_svd
 from eckart.linalg.whitening import check_finite
 from eckart.registry import method
 from eckart.remarks import remark
 from eckart.schedules import Every, Schedule
 from eckart.schedules.base import add_gradient
-from eckart.training.base import NoSaving, StructuredSchedule, TrainingMethod, dtype_of, laid_out, like, put
+from eckart.training.base import NoSaving, StructuredSchedule, TrainingMethod, dtype_of, like, put
 from eckart.training.separable import by_sides, from_sides, separated
 
 

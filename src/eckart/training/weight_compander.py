@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from eckart.forms.layers import matrix_of
+from eckart.forms.layout import laid_out
 from eckart.registry import method
 from eckart.schedules import Schedule
-from eckart.training.base import TrainingMethod, laid_out, weights
+from eckart.training.base import TrainingMethod, weights
 from eckart.training.parametrised import ParametrisedTraining, original
 
 Pair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
