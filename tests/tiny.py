@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+
+from eckart import compress_to
+from eckart.jobs import Result
 
 WORDS = 120
 VOCABULARY = WORDS + 3
@@ -113,6 +117,21 @@ def batches(sizes: tuple[int, ...] = (2, 2, 1), length: int = 9, seed: int = 1, 
             batch = {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
         made.append(batch)
     return made
+
+
+def compressed_twice(folder: Path, method: str, parts: int = 1, **job: Any) -> Result:
+    """Compress the model `m` in a folder to `whole`, and to `cut`, which is interrupted once that many of its parts are
+    written, and resumed; returns the result of the first."""
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("fit", parts):
+            raise KeyboardInterrupt
+
+    result = compress_to(folder / "whole", folder / "m", method, **job)
+    with pytest.raises(KeyboardInterrupt):
+        compress_to(folder / "cut", folder / "m", method, progress=interrupt, **job)
+    compress_to(folder / "cut", folder / "m", method, resume=True, **job)
+    return result
 
 
 def command(*words: Any) -> list[str]:

@@ -34,6 +34,14 @@ def _of_kind(name: str, value: Any, default: Any) -> Any:
     return value
 
 
+def check_whole(method: Any, **least: int) -> None:
+    """Raises `ValueError` where a setting of a method is no whole number from its least one up."""
+    for name, smallest in least.items():
+        value = getattr(method, name)
+        if not isinstance(value, int) or value < smallest:
+            raise ValueError(f"{method.key}({name}={value!r}): it is a whole number from {smallest} up")
+
+
 def words_of(method: Any) -> dict[str, Any]:
     """The fields of a dataclass, as text and numbers."""
     plain = (int, float, str, bool, type(None))

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 import eckart
 from eckart import EckartConfig
 from eckart.checkpoint.hf import install
-from eckart.forms.layers import STAND_INS
+from eckart.forms.stand_ins import STAND_INS
 from tiny import build, read_json
 
 FIRST, SECOND = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"

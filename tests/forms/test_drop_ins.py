@@ -16,17 +16,16 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.forms import Form, densify, drop_in, parse
 from eckart.forms.layers import (
-    STAND_INS,
     DropIn,
     FactoredConv1D,
     FactoredConv2d,
     FactoredEmbedding,
     FactoredLinear,
-    StandIn,
     kind_of,
     matrix_of,
     matrix_shape,
 )
+from eckart.forms.stand_ins import STAND_INS, StandIn
 from eckart.testing import error_ratio, gaussian
 
 FORMS = [parse("low_rank(rank=3)"), parse("low_rank(rank=3) + diagonal()"), parse("dense() @ diagonal()")]

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from eckart.forms import LowRank, densify, drop_in
-from eckart.forms.layers import ReadOnly, matrix_of
+from eckart.forms.layers import matrix_of
+from eckart.forms.read_only import ReadOnly
 from eckart.testing import error_ratio, gaussian
 
 MESSAGE = r"this weight is factored: it cannot be written to.*`eckart\.densify\(model\)`"

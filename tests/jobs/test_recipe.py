@@ -5,7 +5,6 @@ from __future__ import annotations
 import eckart
 import mixtures
 import tiny
-from eckart.jobs.recipe import part_of
 
 
 def test_weights_that_no_form_can_stand_for_are_listed_as_dense() -> None:
@@ -21,10 +20,3 @@ def test_weights_that_no_form_can_stand_for_are_listed_as_dense() -> None:
             assert layer.part == block
             assert layer.bytes == layer.dense_bytes == 4 * own[layer.name].numel()
             assert "no layer that a form can stand for" in str(layer.note)
-
-
-def test_a_block_is_found_by_whole_names() -> None:
-    blocks = [f"layers.{i}" for i in range(12)]
-    assert [part_of(f"layers.{i}.q", blocks) for i in (1, 11)] == [1, 11]
-    assert part_of("layers.1", blocks) == 1
-    assert part_of("layers", blocks) == part_of("head", blocks) == -1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 import tiny
-from eckart.forms.layers import STAND_INS
+from eckart.forms.stand_ins import STAND_INS
 from eckart.testing import gaussian
 from eckart.training import NoSaving, structure
 from eckart.training.apriori_conv import AprioriConv

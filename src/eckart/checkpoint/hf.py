@@ -16,8 +16,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from eckart.forms.layers import STAND_INS, DropIn, StandIn, densify
+from eckart.forms.densifying import densify
+from eckart.forms.layers import DropIn
 from eckart.forms.residual import Connected
+from eckart.forms.stand_ins import STAND_INS, StandIn
 from eckart.registry import suggest
 
 METHOD = "eckart"
@@ -87,6 +89,7 @@ class EckartQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self.quantization_config = fitted(self.quantization_config, model)
         install(model, self.quantization_config, dtype)
         for name in self.quantization_config.modules:
             parent = model.get_submodule(name.rpartition(".")[0])
@@ -100,6 +103,29 @@ class EckartQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return densify(model)
+
+
+def fitted(config: EckartConfig, model: Any) -> EckartConfig:
+    """The description in the names of a model of another class on the same body: its prefix is put before the names,
+    or taken off, and the stand-ins of a head that the model does not have are left out."""
+    if type(model).__name__ in (getattr(model.config, "architectures", None) or [type(model).__name__]):
+        return config
+    config.validate()
+    prefix = getattr(model, "base_model_prefix", "")
+    body = dict(getattr(model, prefix, model).named_children())
+    own = dict(model.named_children())
+    names = {}
+    for name in config.modules:
+        first = name.partition(".")[0]
+        if first in own:
+            names[name] = name
+        elif first in body:
+            names[name] = f"{prefix}.{name}"
+        elif first == prefix:
+            names[name] = name.removeprefix(f"{prefix}.")
+    modules = {names[n]: spec for n, spec in config.modules.items() if n in names}
+    tied = {names[n]: names[other] for n, other in config.tied.items() if n in names and other in names}
+    return EckartConfig(modules, tied, config.history, config.format)
 
 
 def install(model: Any, config: EckartConfig, dtype: torch.dtype) -> None:

@@ -18,7 +18,8 @@ from eckart.downloads import Progress, silent
 from eckart.forms import Form, as_form
 from eckart.jobs.engine import batches_aside, run_in_memory
 from eckart.jobs.folder_job import compress_folder
-from eckart.jobs.recipe import Method, Recipe
+from eckart.jobs.method import Method
+from eckart.jobs.recipe import Recipe
 from eckart.jobs.remember import remember
 from eckart.jobs.result import Result
 from eckart.jobs.solve import Executor

@@ -14,8 +14,9 @@ from eckart.compression.mixed import Mixed
 from eckart.compression.modegpt import MoDeGPT
 from eckart.compression.slicegpt import SliceGPT
 from eckart.forms import Quantized
+from eckart.jobs.method import Job, Method
 from eckart.jobs.plan import Layer, Plan
-from eckart.jobs.recipe import Job, Method, Recipe
+from eckart.jobs.recipe import Recipe
 from eckart.metrics import Plain
 from eckart.registry import method
 

@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.anatomy import Norm
 from eckart.compression.residual_stream import ResidualStream, Site
-from eckart.forms.layers import STAND_INS, matrix_of, matrix_shape
+from eckart.forms.layers import matrix_of, matrix_shape
 from eckart.forms.residual import Narrow, ResidualWriter, StreamNorm
+from eckart.forms.stand_ins import STAND_INS
 
 ROWS = 4096
 """Rows of a matrix that are in float64 at a time."""

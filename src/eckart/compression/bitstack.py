@@ -14,8 +14,9 @@ from eckart.calibration.calibrate import Request
 from eckart.compression.any_size import ERRORS, ORDER, resize, shrink
 from eckart.forms import Form, SignStack, drop_in, parse
 from eckart.forms.sign_stack import SignStackMatrix
+from eckart.jobs.method import Job, Method
 from eckart.jobs.plan import Layer, Plan
-from eckart.jobs.recipe import Job, Method, Recipe
+from eckart.jobs.recipe import Recipe
 from eckart.jobs.solve import fit
 from eckart.metrics import ActivationDiagonal, Metric
 from eckart.registry import method

@@ -13,8 +13,9 @@ from eckart.calibration.stream import Stream, single_rows
 from eckart.compression.relaxed import Descent, Relaxed, RelaxedModel, answer
 from eckart.forms import Form, OneOf, Quantized, parse
 from eckart.jobs.fits import Fits
+from eckart.jobs.method import Job
 from eckart.jobs.plan import Layer, Plan
-from eckart.jobs.recipe import Job, Recipe
+from eckart.jobs.recipe import Recipe
 from eckart.jobs.solve import Fitted
 from eckart.registry import method
 

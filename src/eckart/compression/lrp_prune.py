@@ -28,8 +28,8 @@ from eckart.compression.unit_ranking import (
     true_classes,
 )  # fmt: skip
 from eckart.forms.layers import kind_of, matrix_shape
+from eckart.jobs.method import Job, Method, count_weights
 from eckart.jobs.plan import Layer, Plan
-from eckart.jobs.recipe import Job, Method, count_weights
 from eckart.linalg.whitening import check_finite
 from eckart.registry import method
 

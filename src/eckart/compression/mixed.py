@@ -13,8 +13,9 @@ from eckart.allocation.evolutionary import Evolutionary
 from eckart.calibration.store import OUTSIDE
 from eckart.forms import Curve, Dense, Form, Quantized, parse
 from eckart.forms.layers import kind_of
+from eckart.jobs.method import Job, count_weights, part_of
 from eckart.jobs.plan import Layer, Plan
-from eckart.jobs.recipe import Job, Recipe, count_weights, part_of
+from eckart.jobs.recipe import Recipe
 from eckart.metrics import Kronecker, Metric, Plain
 
 TRUST = 100.0

@@ -50,8 +50,8 @@ from eckart.compression.narrowing import (
 )  # fmt: skip
 from eckart.forms.layers import kind_of, matrix_shape
 from eckart.forms.low_rank import balance
+from eckart.jobs.method import Job, Method, count_weights
 from eckart.jobs.plan import Layer, Plan, join_notes, sample_spectrum
-from eckart.jobs.recipe import Job, Method, count_weights
 from eckart.linalg import pairs
 from eckart.linalg.whitening import check_finite
 from eckart.registry import method

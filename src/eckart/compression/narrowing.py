@@ -19,7 +19,8 @@ from eckart.checkpoint.layout import Layout, layout_of
 from eckart.forms import Dense, Form, Product, Select, drop_in
 from eckart.forms.algebra import ProductMatrix
 from eckart.forms.base import Factored, Shape
-from eckart.forms.layers import StandIn, kind_of, matrix_of, matrix_shape
+from eckart.forms.layers import kind_of, matrix_of, matrix_shape
+from eckart.forms.stand_ins import StandIn
 
 
 class Widths(NamedTuple):

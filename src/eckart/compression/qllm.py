@@ -24,12 +24,13 @@ from eckart.forms.algebra import Product
 from eckart.forms.layers import DropIn, matrix_of
 from eckart.forms.quantized_inputs import QuantizedInputs
 from eckart.forms.reassembly import Reassembly
+from eckart.jobs.method import Job, Method
 from eckart.jobs.plan import Layer, Plan
-from eckart.jobs.recipe import Job, Method
 from eckart.jobs.trial import _put_back
 from eckart.linalg.reassembling import Channels, candidates
 from eckart.linalg.whitening import all_finite, check_finite
 from eckart.registry import method
+from eckart.settings import check_whole
 
 INT4 = Quantized(bits=4, group=None)
 
@@ -75,10 +76,7 @@ class QLLM(Method):
             raise ValueError(f"qllm(channel_ratio={self.channel_ratio!r}): it is a share from 0 up and below 0.5, for only every second channel can be merged into another")  # fmt: skip # noqa: E501
         if not 0 < self.lr < math.inf:
             raise ValueError(f"qllm(lr={self.lr!r}): it is a positive number")
-        for name, least in (("thresholds", 2), ("tokens", 1), ("rank", 1), ("epochs", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"qllm({name}={value!r}): it is a whole number from {least} up")
+        check_whole(self, thresholds=2, tokens=1, rank=1, epochs=0)
 
     @property
     def sequential(self) -> bool:

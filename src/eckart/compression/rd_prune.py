@@ -10,8 +10,9 @@ import numpy as np
 from eckart.allocation import Allocator
 from eckart.allocation.dynamic_programming import DynamicProgramming
 from eckart.forms import Curve, Dense, Form, parse
+from eckart.jobs.method import Job
 from eckart.jobs.plan import Layer, Plan
-from eckart.jobs.recipe import Job, Recipe
+from eckart.jobs.recipe import Recipe
 from eckart.registry import method
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from eckart.anatomy import Anatomy, Block, Norm, anatomy
 from eckart.calibration.store import OUTSIDE
-from eckart.forms.layers import StandIn, kind_of
+from eckart.forms.layers import kind_of
+from eckart.forms.stand_ins import StandIn
 
 Role = Literal["source", "norm", "reader", "writer"]
 KINDS = {"source": ("embedding",), "reader": ("linear", "conv1d"), "writer": ("linear", "conv1d")}

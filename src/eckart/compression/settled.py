@@ -14,8 +14,8 @@ from eckart.checkpoint.layout import layout_of
 from eckart.checkpoint.ties import share
 from eckart.forms import Dense, Factored, Form, drop_in
 from eckart.forms.layers import kind_of, matrix_shape
+from eckart.jobs.method import Job, count_weights, output_bytes
 from eckart.jobs.plan import Layer, Plan
-from eckart.jobs.recipe import Job, count_weights, output_bytes
 from eckart.linalg.whitening import check_finite
 
 

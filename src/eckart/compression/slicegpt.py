@@ -18,8 +18,8 @@ from eckart.compression.residual_stream import ResidualStream, Site, residual_st
 from eckart.forms import Dense, Diagonal
 from eckart.forms.layers import kind_of, matrix_shape
 from eckart.forms.residual import Connected
+from eckart.jobs.method import Job, Method, count_weights
 from eckart.jobs.plan import Layer, Plan, join_notes, sample_spectrum
-from eckart.jobs.recipe import Job, Method, count_weights
 from eckart.registry import method
 
 

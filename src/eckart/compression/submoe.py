@@ -21,8 +21,8 @@ from eckart.compression.expert_clusters import Clustering, cluster_all, split
 from eckart.compression.expert_merging import Merged, merge
 from eckart.forms import Dense, Form, LowRank
 from eckart.forms.experts import Expert, MergedExperts, Stack, expert_matrices
+from eckart.jobs.method import Job, Method, count_weights, output_bytes
 from eckart.jobs.plan import Layer, Plan, join_notes
-from eckart.jobs.recipe import Job, Method, count_weights, output_bytes
 from eckart.linalg.whitening import check_finite
 from eckart.registry import method
 from eckart.remarks import noting

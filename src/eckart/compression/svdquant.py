@@ -23,12 +23,14 @@ from eckart.forms.layers import kind_of, matrix_of, matrix_shape
 from eckart.forms.low_rank import balance
 from eckart.forms.quantized_inputs import QuantizedInputs, QuantizedInputsMatrix, rounded
 from eckart.forms.roundings import Nearest
+from eckart.jobs.method import Job, Method
 from eckart.jobs.plan import Layer, Plan
-from eckart.jobs.recipe import Job, Method, Recipe
+from eckart.jobs.recipe import Recipe
 from eckart.linalg.svd import truncated_svd
 from eckart.linalg.weighting import Weighting
 from eckart.linalg.whitening import psd_root
 from eckart.registry import method
+from eckart.settings import check_whole
 
 INT4 = Quantized(bits=4, group=64, grid=Uniform(symmetric=True))
 
@@ -67,10 +69,7 @@ class SVDQuant(Method):
         Recipe(targets=self.targets)  # refuses what is no regular expression
         if not isinstance(self.form, QuantizedInputs) or not isinstance(self.form.matrix, Quantized) or self.form.open:
             raise ValueError(f"svdquant(form={self.form}): it is quantized_inputs(matrix=quantized(bits=...), inputs=...)")  # fmt: skip # noqa: E501
-        for name, least in (("rank", 0), ("points", 1), ("iterations", 0), ("tokens", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"svdquant({name}={value!r}): it is a whole number from {least} up")
+        check_whole(self, rank=0, points=1, iterations=0, tokens=1)
 
     @property
     def sequential(self) -> bool:

@@ -22,8 +22,9 @@ from eckart.export.gguf_config import ARCHITECTURES, add_hyperparameters, check_
 from eckart.export.updates import Split, split
 from eckart.export.vocabulary import NoVocabulary, add_vocabulary
 from eckart.forms.base import Factored
-from eckart.forms.layers import DropIn, FactoredEmbedding, StandIn
+from eckart.forms.layers import DropIn, FactoredEmbedding
 from eckart.forms.quantized import QuantizedMatrix
+from eckart.forms.stand_ins import StandIn
 
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
 PLAIN = {torch.float16: Type.F16, torch.bfloat16: Type.BF16, torch.float32: Type.F32}

@@ -19,7 +19,8 @@ from torch.onnx import OnnxExporterError
 from eckart.checkpoint.folder import companions
 from eckart.export.export import Written
 from eckart.forms.base import Factored
-from eckart.forms.layers import DropIn, densify
+from eckart.forms.densifying import densify
+from eckart.forms.layers import DropIn
 from eckart.forms.quantized import QuantizedMatrix
 
 MODEL = "model.onnx"

@@ -6,10 +6,11 @@ from eckart.forms.block_diagonal import BlockDiagonal
 from eckart.forms.codebook import Codebook
 from eckart.forms.column_sparse import ColumnSparse, RowSparse
 from eckart.forms.dense import Dense
+from eckart.forms.densifying import densify
 from eckart.forms.diagonal import Diagonal
 from eckart.forms.group_sparse import GroupSparse
 from eckart.forms.kronecker import Kronecker
-from eckart.forms.layers import densify, drop_in
+from eckart.forms.layers import drop_in
 from eckart.forms.low_rank import LowRank
 from eckart.forms.one_of import OneOf
 from eckart.forms.pyramid import Pyramid

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from eckart.forms.base import Factored, Form, parse
-from eckart.forms.layers import StandIn, stand_in
+from eckart.forms.stand_ins import StandIn, stand_in
 
 PARTS = ("gate", "up", "down")
 MAX_EXPERTS = 100_000

@@ -6,7 +6,7 @@ and its `weight` is the dense matrix, formed when asked for and read-only.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,74 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from eckart.forms.algebra import ProductMatrix
 from eckart.forms.base import Factored, Shape, parse
 from eckart.forms.dense import DenseMatrix
-
-S = TypeVar("S", bound="StandIn")
-
-
-class ReadOnly(Tensor):
-    """A formed weight, or a view of one. Writing to it would be lost, so in-place operations are refused."""
-
-    _is_hf_initialized = True  # as for the layer: no code of transformers may initialise it
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [*args, *(kwargs or {}).values()]
-        if any(isinstance(t, ReadOnly) for t in _written(func, given, kwargs or {})):
-            raise TypeError(
-                "this weight is factored: it cannot be written to, so nothing (an adapter, say) merges into it; "
-                "make the layer dense first with `eckart.densify(model)`"
-            )
-        out = super().__torch_function__(func, types, args, kwargs or {})
-        return _plain_unless_view(out, [t for t in given if isinstance(t, ReadOnly)])
-
-
-def _written(func: Any, given: list[Any], kwargs: dict[str, Any]) -> list[Any]:
-    """What a torch function would write to: its first argument where its name says so, and `out`."""
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "detach_")
-    in_place = in_place or name == "__setitem__" or func == Tensor.data.__set__  # type: ignore[attr-defined]
-    targets = [*given[: int(in_place)], kwargs.get("out")]
-    return [t for x in targets for t in (x if isinstance(x, list | tuple) else [x])]
-
-
-def _plain_unless_view(out: Any, sources: list[ReadOnly]) -> Any:
-    """What was computed from weights is an ordinary tensor; what shares memory with one is not."""
-    if isinstance(out, ReadOnly):
-        with torch._C.DisableTorchFunctionSubclass():
-            memory = {t.untyped_storage()._cdata for t in sources}
-            return out if out.untyped_storage()._cdata in memory else out.as_subclass(Tensor)
-    if isinstance(out, list | tuple) and any(isinstance(t, ReadOnly) for t in out):
-        return type(out)([_plain_unless_view(t, sources) for t in out])
-    return out
-
-
-class StandIn(nn.Module):
-    """A module that stands where the model's own code put another one, and can be rebuilt from a line of JSON.
-
-    A checkpoint lists them by name; loading calls `from_spec` on the model's skeleton, so that no other code knows
-    what kinds there are.
-    """
-
-    kind: ClassVar[str]
-    _is_hf_initialized = True  # transformers must not draw random numbers for a weight that is not there
-
-    def spec(self) -> dict[str, Any]:
-        """What `from_spec` needs, JSON-able."""
-        raise TypeError(f"{type(self).__name__} cannot be saved")
-
-    @classmethod
-    def from_spec(cls, model: nn.Module, name: str, spec: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-        """The module, without values, that stands in at `name` of `model`. Raises `ValueError` on a bad spec."""
-        raise TypeError(f"{cls.__name__} cannot be loaded")
-
-
-STAND_INS: dict[str, type[StandIn]] = {}
-
-
-def stand_in(cls: type[S]) -> type[S]:
-    """Class decorator: let checkpoints hold modules of this class, under its `kind`."""
-    STAND_INS[cls.kind] = cls
-    return cls
+from eckart.forms.read_only import ReadOnly
+from eckart.forms.stand_ins import StandIn, stand_in
 
 
 class DropIn(StandIn):
@@ -251,9 +185,6 @@ def patches(x: Float[Tensor, "*batch in h w"], conv: nn.Conv2d) -> Float[Tensor,
     return rows[0] if single else rows
 
 
-Replaceable = nn.Linear | Conv1D | nn.Embedding | nn.Conv2d
-
-
 def kind_of(module: nn.Module) -> str | None:
     """`linear`, `conv1d`, `embedding` or `conv2d`; None for what cannot be replaced (grouped convolutions too)."""
     if isinstance(module, Conv1D):
@@ -302,39 +233,3 @@ def drop_in(module: nn.Module, matrix: Factored, bias: Tensor | None = None) -> 
     if isinstance(module, nn.Linear):
         return FactoredLinear(matrix, bias)
     raise TypeError(f"{type(module).__name__} has no drop-in")
-
-
-def densify(model: Any) -> Any:
-    """Replace every factored layer of `model` by an ordinary dense one, in place, and return the model."""
-    described: Any = getattr(getattr(model, "config", None), "quantization_config", None)
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, DropIn):
-            continue
-        formed: Any = module.weight
-        weight = formed.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
-        bias = None if module.bias is None else module.bias.detach().clone()
-        model.set_submodule(name, dense_layer(module, weight, bias))
-        if name in getattr(described, "modules", {}):
-            described.modules.pop(name)  # else `save_pretrained` would say that it is still factored
-    return model
-
-
-def dense_layer(module: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The ordinary layer that a drop-in stands in for, with this weight, laid out as the layer has it."""
-    conv: Any = module
-    with torch.device("meta"):
-        if isinstance(module, Conv1D):
-            layer: Any = Conv1D(module.nf, module.nx)
-            bias = weight.new_zeros(module.nf) if bias is None else bias
-        elif isinstance(module, FactoredEmbedding):
-            layer = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx)
-            weight, bias = (weight if module.scale is None else weight * module.scale), None
-        elif isinstance(module, nn.Conv2d):
-            layer = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-                              conv.dilation, 1, bias is not None, conv.padding_mode)  # fmt: skip
-        else:
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(weight)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias)
-    return layer

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eckart.forms.base import Shape
-from eckart.forms.layers import StandIn, kind_of, matrix_shape, stand_in
+from eckart.forms.layers import kind_of, matrix_shape
+from eckart.forms.stand_ins import StandIn, stand_in
 
 
 class Connected(StandIn, ABC):

@@ -23,8 +23,8 @@ from eckart.checkpoint.folder import part_state
 from eckart.checkpoint.layout import Layout, layout_of
 from eckart.checkpoint.ties import tied_keys
 from eckart.downloads import Progress, silent
+from eckart.jobs.method import Job, Method
 from eckart.jobs.plan import Layer, Plan
-from eckart.jobs.recipe import Job, Method
 from eckart.jobs.solve import Executor, Threads
 from eckart.jobs.trial import Trial
 from eckart.metrics import Statistics

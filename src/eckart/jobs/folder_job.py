@@ -32,9 +32,9 @@ from eckart.checkpoint.ties import shared, tied_keys
 from eckart.downloads import Progress, silent
 from eckart.jobs.card import model_card
 from eckart.jobs.engine import Engine, Persistence
+from eckart.jobs.method import Method
 from eckart.jobs.place import MODEL, Place
 from eckart.jobs.plan import Layer, Plan, layers_from_json
-from eckart.jobs.recipe import Method
 from eckart.jobs.result import Result
 from eckart.jobs.solve import Executor
 

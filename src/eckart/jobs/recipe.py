@@ -1,164 +1,40 @@
-"""What every compression method owes (`Method`), and the common case (`Recipe`): a form, a metric, an allocation."""
+"""The common case of a method (`Recipe`): a form, a metric, an allocation."""
 
 from __future__ import annotations
 
 import re
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from eckart.allocation import Allocator, Budget, BudgetError, Problem, Uniform
+from eckart.allocation import Allocator, BudgetError, Problem, Uniform
 from eckart.allocation.base import Fitness
 from eckart.calibration.calibrate import Request
 from eckart.calibration.store import OUTSIDE
-from eckart.calibration.stream import Stream
-from eckart.calibration.subject import Subject, outside
-from eckart.checkpoint.layout import Layout, file_bytes, layout_of
-from eckart.checkpoint.ties import share, sharers
-from eckart.forms import Curve, Dense, Form, LowRank, drop_in, parse
+from eckart.checkpoint.ties import sharers
+from eckart.forms import Curve, Dense, Form
 from eckart.forms.base import Shape
-from eckart.forms.layers import kind_of, matrix_of, matrix_shape
-from eckart.jobs.fits import Fits
+from eckart.forms.layers import kind_of
+from eckart.jobs.layerwise import Layerwise
+from eckart.jobs.method import Job, count_weights, output_bytes, part_of
 from eckart.jobs.plan import Layer, Plan, join_notes, sample_spectrum
-from eckart.jobs.solve import Executor, Fitted, Task, curve, fit
-from eckart.metrics import InputCovariance, Metric, Plain, Statistics
-from eckart.metrics.row_frequencies import RowFrequencies
-
-
-class Tries(Protocol):
-    """Measures plans; see `Trial`."""
-
-    folder: Path
-
-    def __call__(
-        self, method: Method, plan: Plan, *, tokens: int | None = None, draw: int = 0, measure: str = "loss",
-        keep: bool = False,
-    ) -> float: ...  # fmt: skip
-
-
-@dataclass
-class Job:
-    """What a method works with.
-
-    Attributes:
-        subject: the model, a part of which is loaded at a time.
-        blocks: names of its blocks.
-        budget: what was asked for.
-        statistics: (layer, part) -> statistics of the original model.
-        influence: of the blocks, where the method asked for it.
-        layouts: for every part (the blocks, then what lies outside) the tensors of the input, as they are stored.
-        executor: runs the work on layers.
-        progress: told (stage, done, total).
-        seed: of every random choice.
-        trial: (method, plan) -> mean loss per token, on calibration text that no statistics saw, of the model as it
-            would be after that plan; only for methods that ask to try plans.
-        scratch: what methods keep in memory between their calls; empty again when a killed job is resumed.
-        fits: fitted layers of plans that were tried, while plans are tried that share them.
-        stream: the calibration data under way through the blocks, started, one for each name. In that called `hidden`,
-            where the method is sequential, what enters a block is what the blocks that were rewritten put out.
-    """
-
-    subject: Subject
-    blocks: list[str]
-    budget: Budget
-    statistics: Callable[[str, int], Statistics]
-    influence: list[float]
-    layouts: Mapping[int, Layout]
-    executor: Executor
-    progress: Callable[[str, int, int], None]
-    seed: int
-    trial: Tries | None = None
-    scratch: dict[Any, Any] = field(default_factory=dict)
-    fits: Fits | None = None
-    stream: Callable[[str], Stream] | None = None
-
-    @property
-    def model(self) -> nn.Module:
-        return self.subject.model
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.subject.storage_dtype
-
-    @property
-    def parts(self) -> list[int]:
-        """The blocks in order, then what lies outside."""
-        return [*range(len(self.blocks)), OUTSIDE]
-
-    @property
-    def input_bytes(self) -> int:
-        """Of the input's weights, in this layout."""
-        return sum(file_bytes(layout) for layout in self.layouts.values())
-
-    def module_names(self, part: int) -> list[str]:
-        """The modules that make up a part."""
-        if part != OUTSIDE:
-            return [self.blocks[part]]
-        return outside(self.model, self.blocks)
+from eckart.jobs.solve import curve
 
 
 @dataclass(frozen=True)
-class Method(ABC):
-    """A way to compress a model. Its dataclass fields are its hyperparameters."""
-
-    key: ClassVar[str] = ""
-
-    @property
-    def sequential(self) -> bool:
-        """Whether each block is fitted on what the compressed blocks before it put out."""
-        return False
-
-    @property
-    def tries_plans(self) -> bool:
-        """Whether the method needs calibration text set aside, on which it measures plans."""
-        return False
-
-    @abstractmethod
-    def request(self, model: nn.Module, blocks: list[str]) -> Request:
-        """What must be measured first."""
-
-    def at_once(self, job: Job) -> Plan | None:
-        """A plan that needs no statistics, where one is good enough: it saves the calibration."""
-        return None
-
-    @abstractmethod
-    def plan(self, job: Job) -> Plan:
-        """What to do with every layer. Nothing is changed."""
-
-    @abstractmethod
-    def rewrite(self, job: Job, plan: Plan, part: int) -> list[Layer]:
-        """Change one part of the model, which is loaded, as planned; returns its layers with their measured errors.
-
-        Modules are replaced and never written into, so that a plan can be tried and taken back.
-        """
-
-    def config_changes(self, plan: Plan) -> dict[str, Any]:
-        """Entries of the model's config that are different once the plan is carried out."""
-        return {}
-
-
-@dataclass(frozen=True)
-class Recipe(Method):
+class Recipe(Layerwise):
     """One form for all targeted layers, fitted in one metric, its dials set by one allocator.
 
     Args:
-        form: an open form; the budget closes it.
-        metric: which error counts.
         allocation: how the budget is spread.
         one_shot: fit all layers on statistics of the original model; otherwise block by block on the compressed one.
         targets: regular expression that the names of targeted layers match in full; empty for all linear layers,
             transformers' Conv1D and convolutions within the blocks, or all but the head where there are no blocks.
     """
 
-    form: Form = field(default_factory=LowRank)
-    metric: Metric = field(default_factory=Plain)
     allocation: Allocator = field(default_factory=Uniform)
     one_shot: bool = True
     targets: str = ""
@@ -225,14 +101,6 @@ class Recipe(Method):
         if why is None and table and self._centred(model, name) and sharers(model, name):
             return "a head shares it, which has no place for the mean of its rows"
         return why
-
-    def form_of(self, model: nn.Module, name: str) -> Form:
-        """The open form of one layer."""
-        return self.form
-
-    def metric_of(self, model: nn.Module, name: str) -> Metric:
-        """The metric of one layer."""
-        return self.metric
 
     def plan(self, job: Job) -> Plan:
         started = time.perf_counter()
@@ -331,39 +199,6 @@ class Recipe(Method):
         data = fixed + sum(layer.bytes for layer in dearest)
         return output_bytes(job, {layer.name: self._layout(job, layer) for layer in dearest}) - data
 
-    def _centred(self, model: nn.Module, name: str) -> bool:
-        return getattr(self.metric_of(model, name), "centred", False)
-
-    def _gains_bias(self, job: Job, name: str) -> bool:
-        """Whether a layer without a bias gets one, for what the mean of its inputs loses."""
-        return self._centred(job.model, name) and getattr(job.model.get_submodule(name), "bias", None) is None
-
-    def _with_bias(self, job: Job, name: str, found: Curve) -> Curve:
-        """The curve with the bytes of a new bias added to all points but the dense one."""
-        module = job.model.get_submodule(name)
-        width = bias_width(kind_of(module) or "", matrix_shape(module))
-        extra = width * job.dtype.itemsize if self._gains_bias(job, name) else 0
-        return replace(found, nbytes=[*(n + extra for n in found.nbytes[:-1]), found.nbytes[-1]])
-
-    def _layout(self, job: Job, layer: Layer) -> Layout:
-        """The tensors that a layer will hold, by their names in its module."""
-        form, module = parse(layer.form), job.model.get_submodule(layer.name)
-        if isinstance(form, Dense):
-            return layout_of({k: v.to("meta", job.dtype) for k, v in module.state_dict().items()})
-        own = layer.kind != "embedding" and getattr(module, "bias", None) is not None
-        width = bias_width(layer.kind, layer.shape)
-        bias = (
-            torch.empty(width, dtype=job.dtype, device="meta") if own or self._centred(job.model, layer.name) else None
-        )
-        matrix = form.build(layer.shape, dtype=job.dtype, device="meta")
-        return layout_of(drop_in(module, matrix, bias).state_dict())
-
-    def _layer(self, job: Job, name: str, part: int, note: str | None) -> Layer:
-        module = job.model.get_submodule(name)
-        shape = matrix_shape(module)
-        nbytes = shape[0] * shape[1] * job.dtype.itemsize
-        return Layer(name, kind_of(module) or "", part, shape, str(Dense()), nbytes, nbytes, note=note)
-
     def _planned(self, layer: Layer, found: Curve, index: int) -> Layer:
         form = found.forms[index]
         dense = isinstance(form, Dense)
@@ -376,73 +211,3 @@ class Recipe(Method):
             spectrum=None if found.spectrum is None else sample_spectrum(found.spectrum),
             note=join_notes(layer.note, "left dense: no smaller setting was worth it" if dense else None),
         )
-
-    def _task(self, job: Job, name: str, part: int, form: str) -> Task:
-        module = job.model.get_submodule(name)
-        matrix = matrix_of(module).detach()
-        metric = self.metric_of(job.model, name)
-        statistics = job.statistics(name, part) if metric.needs else Statistics()
-        if kind_of(module) != "embedding" or not isinstance(metric, InputCovariance):
-            return Task(name, matrix, form, metric, statistics, job.dtype)
-        mean = self._mean_row(job, name, part)
-        matrix = matrix.double()  # rare rows are divided by their small weights
-        return Task(name, matrix if mean is None else matrix - mean, form, RowFrequencies(), statistics, job.dtype)
-
-    def _mean_row(self, job: Job, name: str, part: int) -> Float[Tensor, " dim"] | None:
-        """The mean of the vectors looked up in a table, which its bias takes over when the metric is about the mean."""
-        if not self._centred(job.model, name):
-            return None
-        f = RowFrequencies().frequencies(job.statistics(name, part), name)
-        return f @ matrix_of(job.model.get_submodule(name)).detach().double()
-
-    def _new_bias(self, job: Job, layer: Layer, shift: Float[Tensor, " out"] | None) -> Tensor | None:
-        own: Tensor | None = getattr(job.model.get_submodule(layer.name), "bias", None)
-        if layer.kind == "embedding":
-            return self._mean_row(job, layer.name, layer.part)  # a bias of its own is part of its rows
-        if shift is None:
-            return own
-        return shift if own is None else own.detach() + shift.to(own)
-
-    def rewrite(self, job: Job, plan: Plan, part: int) -> list[Layer]:
-        layers = plan.of(part)
-        fitted = [layer for layer in layers if not isinstance(parse(layer.form), Dense)]
-
-        def made(some: list[Layer]) -> Iterator[Fitted]:
-            return job.executor.map(fit, (self._task(job, layer.name, part, layer.form) for layer in some))
-
-        found = made(fitted) if job.fits is None else job.fits.of(fitted, str(self.metric), job.dtype, made)
-        done = {layer.name: layer.measured(0.0) for layer in layers}
-        for layer, result in zip(fitted, found, strict=True):
-            module = job.model.get_submodule(layer.name)
-            bias = self._new_bias(job, layer, result.bias_shift)
-            replacement = drop_in(module, result.module, None if bias is None else bias.detach().to(job.dtype))
-            job.model.set_submodule(layer.name, replacement.requires_grad_(False))
-            share(job.model, layer.name)
-            done[layer.name] = layer.measured(result.error, result.note)
-        return list(done.values())
-
-
-def part_of(name: str, blocks: list[str]) -> int:
-    """The block in which a module lies, or `OUTSIDE`."""
-    return next((i for i, b in enumerate(blocks) if name == b or name.startswith(b + ".")), OUTSIDE)
-
-
-def bias_width(kind: str, shape: Shape) -> int:
-    """Numbers in what a layer puts out: its rows, or the columns of a table."""
-    return shape[1 if kind == "embedding" else 0]
-
-
-def output_bytes(job: Job, replaced: Mapping[str, Layout]) -> int:
-    """Bytes of all weight files, to the byte, when the modules called `replaced` hold these tensors instead."""
-    total = 0
-    for layout in job.layouts.values():
-        kept = {k: v for k, v in layout.items() if k.rpartition(".")[0] not in replaced}
-        for name in dict.fromkeys(k.rpartition(".")[0] for k in layout):
-            kept |= {f"{name}.{k}": v for k, v in replaced.get(name, {}).items()}
-        total += file_bytes(kept)
-    return total
-
-
-def count_weights(job: Job) -> int:
-    """Numbers in the input, tied ones once."""
-    return sum(torch.Size(shape).numel() for layout in job.layouts.values() for _, shape in layout.values())

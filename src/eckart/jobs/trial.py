@@ -14,8 +14,8 @@ from eckart.calibration.answers import Answer
 from eckart.calibration.store import OUTSIDE
 from eckart.calibration.stream import Batch, Stream, fast_products, single_rows
 from eckart.jobs.fits import Fits
+from eckart.jobs.method import Job, Method
 from eckart.jobs.plan import Plan
-from eckart.jobs.recipe import Job, Method
 
 
 class Trial:
