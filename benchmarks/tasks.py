@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 import wave
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +25,7 @@ from eckart.calibration.stream import Batch
 from eckart.calibration.wikipedia import articles
 from eckart.evaluation import agreement
 from eckart.evaluation.agreement import divergence
-from models import FOLDERS, load, speech
+from models import CALIBRATED_ON, FOLDERS, JUDGED_ON, load, pictures, speech
 
 UNSEEN = 0.04  # of the built-in text, at its end, which lies in the twentieth that the decoder was not trained on
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
@@ -185,7 +187,67 @@ class Speech(Task):
         return {"KL": kl / seen, "top-1": same / seen}
 
 
-TASKS: dict[str, type[Task]] = {"decoder": Decoder, "minilm": Encoder, "mpnet": Encoder, "whisper": Speech}
+class Images(Task):
+    """KL(original || compressed) in nats for a picture, and the share of pictures with the same first class.
+
+    The pictures are crops of a few photographs, at scales of 0.3 to 1, mirrored or not; calibration has other
+    photographs than those that are judged on.
+    """
+
+    columns: ClassVar = {"KL": "{:.4f}", "top-1": "{:.1%}"}
+    default: ClassVar = 96
+    side: ClassVar = 224
+
+    def prepare(self) -> None:
+        self.shown = self.crops(JUDGED_ON, self.size, self.seed + 1).split(self.batch * 4)
+        self.said = [self.logits(self.original, x) for x in self.shown]
+
+    def calibration(self) -> list[Batch]:
+        crops = self.crops(CALIBRATED_ON, self.samples, self.seed)
+        return [{"pixel_values": x.half()} for x in crops.split(self.batch)]  # as models are loaded
+
+    def crops(self, names: Sequence[str], count: int, seed: int) -> Float[Tensor, "count 3 224 224"]:
+        """Squares of the photographs, evenly many of each."""
+        generator = torch.Generator().manual_seed(seed)
+        photographs = [photograph(pictures() / f"{name}.png") for name in names]
+        made = []
+        for i, (scale, top, left, mirrored) in enumerate(torch.rand(count, 4, generator=generator).tolist()):
+            picture = photographs[i % len(photographs)]
+            height, width = picture.shape[1:]
+            side = int((0.3 + 0.7 * scale) * min(height, width))
+            y, x = int(top * (height - side)), int(left * (width - side))
+            crop = picture[:, y : y + side, x : x + side]
+            shown = F.interpolate(crop[None], (self.side, self.side), mode="bilinear", antialias=True)[0]
+            made.append(shown.flip(-1) if mirrored < 0.5 else shown)
+        return (torch.stack(made) - 127) / 128
+
+    @torch.no_grad()
+    def logits(self, model: nn.Module, x: Tensor) -> Float[Tensor, "count classes"]:
+        return F.log_softmax(model(pixel_values=x).float(), -1)
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        found = torch.cat([self.logits(model, x) for x in self.shown])
+        said = torch.cat(self.said)
+        return {
+            "KL": float(divergence(said, found).mean()),
+            "top-1": float((said.argmax(-1) == found.argmax(-1)).float().mean()),
+        }
+
+
+def photograph(file: Path) -> Float[Tensor, "3 h w"]:
+    """Pixels from 0 to 255. Needs Pillow."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise RuntimeError("the pictures are read with Pillow: pip install pillow, or leave efficientnet out (--models)") from None  # fmt: skip # noqa: E501
+    with Image.open(file) as image:
+        pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+        return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float()
+
+
+TASKS: dict[str, type[Task]] = {
+    "decoder": Decoder, "minilm": Encoder, "mpnet": Encoder, "whisper": Speech, "efficientnet": Images,
+}  # fmt: skip
 
 
 def text_batches(task: Task) -> list[Batch]:

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from peft import PeftConfig
 
 ROOMS = {
     "linalg": "Numerics that know nothing of networks.",
@@ -23,6 +24,7 @@ ROOMS = {
     "schedules": "What changes as training goes on: one protocol for bare loops and for Trainer.",
     "compression": "The published methods, and the main job's verbs.",
     "optimizers": "Optimisers whose state lies in a subspace of each gradient.",
+    "adapters": "Parameter-efficient fine-tuning, as tuners for PEFT.",
     "training": "Weights that are low-rank, sparse or both while they are trained.",
     "evaluation": "Quality, size and speed, measured.",
     "export": "Compressed models as other programs read them: PEFT, llama.cpp, ONNX.",
@@ -76,7 +78,8 @@ def settings_of(cls: type) -> dict[str, Any]:
     """What can be set, with its default: the fields of a dataclass, or the arguments of another class."""
     if dataclasses.is_dataclass(cls):
         made = cls()
-        return {f.name: getattr(made, f.name) for f in dataclasses.fields(made)}
+        of_peft = {f.name for f in dataclasses.fields(PeftConfig)}  # which version, which task: PEFT fills these in
+        return {f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.name not in of_peft}
     arguments = inspect.signature(cls).parameters.values()
     return {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
 
