@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from typing import Any
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
 from eckart.adapters.base import Adapter, Update
 from eckart.adapters.layer import AdapterLayer
+from eckart.adapters.matching import inner, targets
 from eckart.adapters.native import Native, put, schedule_of
-from eckart.adapters.tuner import refuse
 from eckart.calibration.stream import Batch
 from eckart.registry import find
 from eckart.schedules import Schedule
@@ -46,24 +43,8 @@ def adapt(
         return chosen.put(model, batches, adapter_name)
     if chosen.needs_data:
         names = targets(model, chosen)
-        chosen.statistics = chosen.collect(_inner(model), names, batches or [])
+        chosen.statistics = chosen.collect(inner(model), names, batches or [])
     return put(model, chosen, adapter_name)
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def targets(model: nn.Module, config: Adapter) -> list[str]:
-    """Names, in the model, of the layers that an adapter of these settings would sit on."""
-    inner = _inner(model)
-    probe = copy(config)
-    probe.target_modules = config.target_modules or "all-linear"
-    probe = _maybe_include_all_linear_layers(probe, inner)
-    names = [n for n, _ in inner.named_modules() if n and check_target_module_exists(probe, n)]
-    if not names:
-        refuse(inner, probe)
-    return names
 
 
 def updates(model: nn.Module, adapter_name: str | None = None) -> dict[str, Update]:

@@ -24,9 +24,11 @@ class Update(nn.Module):
     Attributes:
         linear: whether the update is a matrix, so that it can be merged and written as a LoRA.
         ready: False where the method needs data that it was not given; loading saved tensors mends that.
+        elastic: buffers whose length changes in training; loading takes the saved one.
     """
 
     linear: ClassVar[bool] = True
+    elastic: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,10 +58,16 @@ class Update(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the trained tensors; of products with the input, too."""
+        for own in self._parameters.values():  # asked in every pass: walking through submodules is slow
+            if own is not None and own.is_floating_point():
+                return own.dtype
         return next((t.dtype for t in [*self.parameters(), *self.buffers()] if t.is_floating_point()), torch.float32)
 
     def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
         self.ready = self.ready or any(key.startswith(prefix) for key in state)
+        for name in self.elastic:
+            if prefix + name in state:
+                setattr(self, name, getattr(self, name).new_empty(state[prefix + name].shape))
         super()._load_from_state_dict(state, prefix, *rest)
 
 
@@ -141,6 +149,9 @@ class Adapter(PeftConfig):
     def schedule(self, model: nn.Module, updates: dict[str, Update]) -> Schedule:
         """What must follow the optimiser's steps; nothing, if not overridden."""
         return Schedule()
+
+    def prepare(self, model: nn.Module) -> None:
+        """Complete settings that depend on the model, such as `modules_to_save`, before any layer is made."""
 
     def shared_of(self, shared: Shared) -> None:
         """Set up what layers have in common, before the first of them is made."""

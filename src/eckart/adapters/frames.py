@@ -61,6 +61,10 @@ class Factors(FactoredUpdate):
     def factors(self, host: Host) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
         return self.scale * self.B, self.A
 
+    def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
+        # scaled where it is smallest: neither a scaled factor nor the unscaled product is kept for backward
+        return host.mix(self.scale * host.apply(x, self.A), self.B)
+
 
 def own(tensor: Tensor) -> Tensor:
     """A contiguous float32 copy that shares no memory, to be kept and saved."""

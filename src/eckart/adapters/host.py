@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from eckart.forms.layers import kind_of, matrix_of, matrix_shape
 from eckart.forms.layout import as_matrix, laid_out
@@ -30,6 +31,8 @@ class Host:
         if kind_of(module) not in ("linear", "conv1d", "conv2d"):
             what = "a grouped convolution" if getattr(module, "groups", 1) != 1 else f"a {type(module).__name__}"
             raise ValueError(f"{name} is {what}, which no adapter of eckart can sit on: target linear layers, Conv1D or convolutions of one group")  # fmt: skip # noqa: E501
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            raise ValueError(f"{name} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: an adapter there would do nothing; name it in exclude_modules")  # fmt: skip # noqa: E501
         self.module, self.name = module, name
         self.shape = matrix_shape(module)
         self._before: tuple[Tensor, Tensor | None] | None = None
@@ -71,6 +74,16 @@ class Host:
             return F.linear(x, M)
         kernel = M.view(M.shape[0], self.conv.in_channels, *self.conv.kernel_size)
         return self.conv._conv_forward(x, kernel, None)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """The frozen matrix, without the bias, of something else than the layer's input."""
+        weight = next((p for p in self.module.parameters() if p.is_floating_point()), x)
+        return self.unbiased(self.module(x.to(weight.dtype)).to(x.dtype))
+
+    def unbiased(self, y: Tensor) -> Tensor:
+        """The frozen layer's output without its bias."""
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        return y if bias is None else self.shift(y, -bias.to(y.dtype))
 
     def mix(self, h: Tensor, M: Float[Tensor, "rows channels"]) -> Tensor:
         """A matrix on the channels of what `apply` returns."""
@@ -167,5 +180,5 @@ class Shared(nn.Module):
 
 
 def seeded(seed: int, name: str) -> torch.Generator:
-    """A generator that a seed and a name determine."""
-    return torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    """A generator that a seed and a name determine; torch's reads 32 bits of what it is given."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))

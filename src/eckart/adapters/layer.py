@@ -50,22 +50,24 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
+        if self._disable_adapters or self.merged_adapters:
             return y
-        total = y
+        total, updates = y, self.updates._modules  # ModuleDict itself is slow, and this is every pass of every layer
         for name in self.active_adapters:
-            if name in self.updates:
-                total = total + self._added(name, x, y).to(y.dtype)
+            update: Any = updates.get(name)
+            if update is not None:
+                added = self._added(name, update, x, y)
+                total = total + (added if added.dtype == y.dtype else added.to(y.dtype))
         return total
 
-    def _added(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        update: Update = self.updates[name]
+    def _added(self, name: str, update: Update, x: Tensor, y: Tensor) -> Tensor:
         if not update.ready:
             raise RuntimeError(f"{self.host.name}: adapter {name!r} starts from data, which it was not given: make it with eckart.adapters.adapt(model, ..., data=...), or load a saved one")  # fmt: skip # noqa: E501
-        x = x.to(update.dtype)
+        dtype = update.dtype
+        x = x if x.dtype == dtype else x.to(dtype)
         if update.dropout and self.training:
             x = F.dropout(x, update.dropout)
         added: Tensor = update(x, y, self.host)

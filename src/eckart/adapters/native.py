@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peft import PeftConfig, PeftModel, get_peft_model
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from eckart.adapters.matching import inner, targets
+from eckart.forms.layers import kind_of, matrix_shape
 from eckart.registry import entries
 from eckart.schedules import Schedule
 
@@ -19,29 +25,60 @@ class Native:
     Attributes:
         target_modules: as in PEFT; `all-linear` if not given.
         exclude_modules, modules_to_save: as in PEFT.
+        dropout: of the adapter's input, in training.
+        seed: of what PEFT draws; torch's global generator is left as it was.
     """
 
     target_modules: Any = None
     exclude_modules: Any = None
     modules_to_save: Any = None
+    dropout: float = 0.0
+    seed: int = 0
 
     key: ClassVar[str] = ""
     needs_data: ClassVar[bool] = False
     of: ClassVar[type[PeftConfig]] = PeftConfig
     """PEFT's settings of the method; those whose steps `schedule` follows have a class of their own."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"{self.key}(dropout={self.dropout!r}): it is a share from 0, below 1")
+        self.check()
+
+    def check(self) -> None:
+        """Raises `ValueError` where a setting does not do."""
+
+    def fits(self, name: str, module: nn.Module, shape: tuple[int, int]) -> None:
+        """Raises `ValueError` where a layer, whose matrix has the shape (out, in), cannot carry the adapter."""
+
     def config(self) -> PeftConfig:
         """PEFT's settings."""
         raise NotImplementedError(f"{type(self).__name__} sets up nothing")
 
     def put(self, model: nn.Module, data: list[Any] | None, adapter_name: str) -> Any:
-        """The model with the adapter, started from data where the method does that."""
-        return put(model, self.config(), adapter_name)
+        """The model with the adapter, started from data where the method does that.
+
+        Raises `ValueError` where a layer does not fit, before the model is changed.
+        """
+        config = self.config()
+        for name, module in named(model, self.targets(model)).items():
+            if kind_of(module) in ("linear", "conv1d", "conv2d"):
+                self.fits(name, module, matrix_shape(module))
+        with drawn_from(self.seed):
+            return self.start(model, config, data, adapter_name)
+
+    def start(self, model: nn.Module, config: PeftConfig, data: list[Any] | None, adapter_name: str) -> Any:
+        """The model with an adapter of these settings; a method that starts from data overrides it."""
+        return put(model, config, adapter_name)
 
     @classmethod
     def schedule(cls, model: Any, adapter_name: str) -> Schedule:
         """What must follow the optimiser's steps."""
         return Schedule()
+
+    def targets(self, model: nn.Module) -> list[str]:
+        """Names of the layers that get an adapter. Raises `ValueError` where there are none."""
+        return targets(model, LoraConfig(**self.targeting()))
 
     def targeting(self) -> dict[str, Any]:
         """The fields that all settings of PEFT have."""
@@ -50,6 +87,45 @@ class Native:
             "exclude_modules": self.exclude_modules,
             "modules_to_save": self.modules_to_save,
         }
+
+    def alone(self, model: nn.Module) -> None:
+        """Raises `ValueError` where the model carries adapters already."""
+        if isinstance(model, PeftModel):
+            raise ValueError(f"{self.key} starts from a model without adapters, and this one carries {', '.join(model.peft_config)}: merge or unload what is there first")  # fmt: skip # noqa: E501
+
+
+def named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """name -> the frozen layer, also where adapters are on it."""
+    found: dict[str, Any] = {name: inner(model).get_submodule(name) for name in names}
+    return {n: m.get_base_layer() if isinstance(m, BaseTunerLayer) else m for n, m in found.items()}
+
+
+@contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Within the context, torch's generator of the CPU, on which PEFT draws, begins at a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def tidied(modules: Sequence[nn.Module], model: nn.Module) -> Iterator[None]:
+    """Runs the model for PEFT to look at: the mode is kept, and where that fails, its hooks and notes are removed."""
+    hooks = [set(m._forward_hooks) for m in modules]
+    notes = [set(vars(m)) for m in modules]
+    training = model.training
+    model.eval()
+    try:
+        yield
+    except BaseException:
+        for module, before, known in zip(modules, hooks, notes, strict=True):
+            for hook in set(module._forward_hooks) - before:
+                del module._forward_hooks[hook]
+            for note in set(vars(module)) - known:
+                delattr(module, note)
+        raise
+    finally:
+        model.train(training)
 
 
 def schedule_of(model: Any, adapter_name: str) -> Schedule:

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from eckart.adapters.base import Adapter
 from eckart.adapters.host import Shared, Site, seeded
 from eckart.adapters.layer import AdapterLayer, layer_for
-from eckart.adapters.registration import peft_name, register
+from eckart.adapters.registration import register
 from eckart.registry import method, suggest
 
 T = TypeVar("T", bound=type[Adapter])
 
 
 class Tuner(BaseTuner):
-    """Wraps the targeted layers of a model; each method of the wing has a subclass with a prefix of its own."""
+    """Wraps the targeted layers of a model; each method of the wing has a subclass."""
 
-    prefix = ""
+    prefix = "updates"  # PEFT and transformers look for it in the names of tensors
     tuner_layer_cls = AdapterLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
@@ -38,6 +38,7 @@ class Tuner(BaseTuner):
         if "of_all_layers" not in self._modules:
             self.of_all_layers = nn.ModuleDict()
         self.of_all_layers[adapter_name] = shared = Shared()
+        config.prepare(model)
         config.shared_of(shared)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -90,7 +91,8 @@ class Tuner(BaseTuner):
         found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         own = model.state_dict()
         for key, value in found.items():
-            if key in own and own[key].shape != value.shape:
+            owner, _, name = key.rpartition(".")
+            if key in own and own[key].shape != value.shape and name not in getattr(model.get_submodule(owner), "elastic", ()):  # fmt: skip # noqa: E501
                 raise ValueError(f"the adapter was saved for another model: {key} has shape {tuple(value.shape)} there and {tuple(own[key].shape)} here; load the base that its adapter_config.json names ({config.base_model_name_or_path})")  # fmt: skip # noqa: E501
         return found
 
@@ -109,8 +111,7 @@ def adapter(key: str, *, family: str, paper: str) -> Callable[[T], T]:
 
     def enter(cls: T) -> T:
         cls = method(key, family=family, paper=paper)(cls)
-        prefix = f"{peft_name(key).lower()}_"
-        words = {"prefix": prefix, "uses_shared_state": cls.shares, "__doc__": f"The tuner of {key}."}
+        words = {"uses_shared_state": cls.shares, "__doc__": f"The tuner of {key}."}
         register(key, cls, type(f"{cls.__name__}Tuner", (Tuner,), {**words, "__module__": cls.__module__}))
         return cls
 

@@ -76,19 +76,19 @@ def balanced(n: int, count: int) -> Factors:
         raise ValueError(f"a side of {n} has no factors")
     m = n
     while True:
-        factors = _most_even(m, count, 1)
+        factors = most_even(m, count, 1)
         if factors is not None and factors[-1] <= UNEVEN * factors[0]:
             return factors
         m += 1
 
 
-def _most_even(n: int, count: int, least: int) -> Factors | None:
+def most_even(n: int, count: int, least: int) -> Factors | None:
     """Of all ways to write n as `count` ascending factors from `least` on, one whose ends are nearest each other."""
     if count == 1:
         return (n,) if n >= least else None
     best: Factors | None = None
     for first in range(least, math.floor(n ** (1 / count) + 1e-9) + 1):
-        rest = _most_even(n // first, count - 1, first) if n % first == 0 else None
+        rest = most_even(n // first, count - 1, first) if n % first == 0 else None
         if rest is not None and (best is None or rest[-1] * best[0] < best[-1] * first):
             best = (first, *rest)
     return best

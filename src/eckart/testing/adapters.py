@@ -22,7 +22,10 @@ from eckart.adapters import Adapter
 from eckart.adapters.layer import AdapterLayer
 from eckart.registry import entries, find
 
-SMALL: dict[str, dict[str, Any]] = {}
+SMALL: dict[str, dict[str, Any]] = {
+    "compacter": {"terms": 2, "reduction": 4},
+    "increlora": {"rank": 2, "warmup": 1, "every": 1, "top": 20},
+}
 """Settings for small layers, where a method needs others than `rank=4`."""
 RELOAD = """
 import sys, torch, transformers, eckart
@@ -47,6 +50,13 @@ def small_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
         num_key_value_heads=2, max_position_embeddings=32, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).to(dtype).eval()
+
+
+def convolution() -> nn.Module:
+    """A convolution of which nothing is as usual: its matrix is (8, 24)."""
+    torch.manual_seed(0)
+    unusual: dict[str, Any] = {"stride": (2, 1), "padding": (1, 2), "dilation": (2, 1), "padding_mode": "circular"}
+    return nn.Sequential(nn.Conv2d(4, 8, (3, 2), **unusual)).eval()
 
 
 def batches(count: int = 3, seed: int = 1) -> list[dict[str, Tensor]]:
@@ -118,7 +128,8 @@ class AdapterContract:
         model = adapted(key)
         learning = {n for n, p in model.named_parameters() if p.requires_grad}
         assert learning
-        assert all(".updates." in n or ".of_all_layers." in n for n in learning)
+        own = (".updates.", ".of_all_layers.", ".modules_to_save.")
+        assert all(any(part in n for part in own) for n in learning)
 
     def test_merged_it_answers_the_same_and_unmerged_it_is_as_before(self, key: str) -> None:
         model = trained(adapted(key))
@@ -180,7 +191,8 @@ class AdapterContract:
 
     def test_it_sits_on_models_in_half_precision(self, key: str) -> None:
         model = adapted(key, small_model(torch.bfloat16))
-        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        own = {p.dtype for n, p in model.named_parameters() if p.requires_grad and ".modules_to_save." not in n}
+        assert own == {torch.float32}
         found = answers(trained(model))
         assert found.dtype == torch.bfloat16
         assert found.isfinite().all()
@@ -193,6 +205,31 @@ class AdapterContract:
         for name, p in model.named_parameters():
             assert not p.requires_grad or p.grad is not None, name
             assert p.requires_grad or p.grad is None, name
+
+    def test_on_a_convolution_it_starts_and_merges_as_on_a_matrix(self, key: str) -> None:
+        cls, x = find(key, "adapters").cls, torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(1))
+        if cls.needs_data:
+            pytest.skip("its start is made from the tokens of a language model here")
+        try:
+            model = adapters.adapt(convolution(), key, target_modules=["0"], **settings_of(key)).eval()
+        except ValueError as e:
+            assert "convolution" in str(e)  # noqa: PT017
+            return
+        with torch.no_grad():
+            plain = convolution()(x)
+            if cls.exact_start:
+                assert near(model(x), plain)
+            generator = torch.Generator().manual_seed(2)
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.2 * torch.randn(p.shape, generator=generator)
+            after = model(x)
+            assert not near(after, plain)
+            if layers(model)[0].supports_lora_conversion():
+                model.merge_adapter()
+                assert near(model(x), after)
+                model.unmerge_adapter()
+                assert torch.equal(model(x), after)
 
     def test_as_a_lora_it_is_the_same_matrix(self, key: str) -> None:
         model = trained(adapted(key))
