@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 import eckart
 import tiny
 from eckart.export import export
-from eckart.export.updates import splits
 from eckart.forms.layers import DropIn, FactoredLinear
 from eckart.forms.quantized import QuantizedMatrix
+from eckart.forms.splits import splits
 
 
 def together(out: Path) -> Any:

@@ -32,8 +32,24 @@ class Update(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ready = True
+        self._ready = True
         self.dropout = 0.0
+
+    @property
+    def ready(self) -> bool:
+        if not self._ready:  # libraries load tensors in ways of their own, so the tensors themselves must tell
+            self._ready = not any(bool(t.isnan().any()) for t in self._numbers())
+        return self._ready
+
+    @ready.setter
+    def ready(self, value: bool) -> None:
+        self._ready = value
+        if not value:
+            for tensor in self._numbers():
+                tensor.data.fill_(math.nan)
+
+    def _numbers(self) -> list[Tensor]:
+        return [t for t in [*self.parameters(), *self.buffers()] if t.is_floating_point()]
 
     def delta(self, host: Host) -> Float[Tensor, "out in"]:
         """The change of the layer's matrix."""
@@ -64,7 +80,6 @@ class Update(nn.Module):
         return next((t.dtype for t in [*self.parameters(), *self.buffers()] if t.is_floating_point()), torch.float32)
 
     def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-        self.ready = self.ready or any(key.startswith(prefix) for key in state)
         for name in self.elastic:
             if prefix + name in state:
                 setattr(self, name, getattr(self, name).new_empty(state[prefix + name].shape))

@@ -1,5 +1,5 @@
-"""Export: compressed models as other programs read them."""
+"""Export: compressed models, and adapters, as other programs read them."""
 
-from eckart.export.export import TARGETS, Exported, export
+from eckart.export.export import ADAPTERS, TARGETS, Exported, export
 
-__all__ = ["TARGETS", "Exported", "export"]
+__all__ = ["ADAPTERS", "TARGETS", "Exported", "export"]

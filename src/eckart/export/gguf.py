@@ -19,11 +19,11 @@ from eckart.checkpoint.folder import model_class
 from eckart.export.blocks import Type, Unfit, blocks_of
 from eckart.export.export import Written
 from eckart.export.gguf_config import ARCHITECTURES, add_hyperparameters, check_supported, head_dim
-from eckart.export.updates import Split, split
 from eckart.export.vocabulary import NoVocabulary, add_vocabulary
 from eckart.forms.base import Factored
 from eckart.forms.layers import DropIn, FactoredEmbedding
 from eckart.forms.quantized import QuantizedMatrix
+from eckart.forms.splits import Split, split
 from eckart.forms.stand_ins import StandIn
 
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
@@ -75,7 +75,7 @@ def write(model: Any, source: Path, out: Path, strict: bool = False) -> Written:
     if strict and written.notes:
         raise ValueError(f"{source} cannot be written to GGUF as it is: {written.notes[0]}. Export without strict to go on without")  # fmt: skip # noqa: E501
     if updates:
-        _write_adapter(out / ADAPTER, arch, updates)
+        write_adapter(out / ADAPTER, arch, {name: (parts.left, parts.right) for name, parts in updates.items()})
         written.notes.append(f"the low-rank terms are in {ADAPTER}: load it beside the model (llama.cpp: --lora {ADAPTER})")  # fmt: skip # noqa: E501
     return written
 
@@ -197,15 +197,20 @@ def _write_model(model: Any, source: Path, path: Path, arch: str, tensors: dict[
     return notes
 
 
-def _write_adapter(path: Path, arch: str, updates: dict[str, Split]) -> None:
+def write_adapter(path: Path, arch: str, updates: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Write the file of an adapter.
+
+    Args:
+        updates: tensor -> left (out, r) and right (r, in), whose product is added to it.
+    """
     writer = gguf.GGUFWriter(path, arch)
     writer.add_type("adapter")
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    ranks = {parts.rank for parts in updates.values()}
+    ranks = {len(right) for _, right in updates.values()}
     # an alpha of 0 is read as a scale of 1 at every rank
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(ranks.pop()) if len(ranks) == 1 else 0.0)
-    for name, parts in updates.items():
-        for ending, factor in (("lora_a", parts.right), ("lora_b", parts.left)):
+    for name, (left, right) in updates.items():
+        for ending, factor in (("lora_a", right), ("lora_b", left)):
             kind = Type.F16 if factor.dtype == torch.float16 else Type.F32
             writer.add_tensor(f"{name}.{ending}", numbers(factor, kind))
     _finish(writer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from eckart.checkpoint.hf import EckartConfig, describe
 from eckart.checkpoint.layout import save_json, save_tensors
 from eckart.checkpoint.source import no_bars
 from eckart.export.export import Written
-from eckart.export.updates import Split, splits
+from eckart.forms.splits import rank_pattern, splits
 
 BASE, ADAPTER = "base", "adapter"
 
@@ -44,30 +43,39 @@ def write(model: Any, source: Path, out: Path, strict: bool = False) -> Written:
         tensors[f"base_model.model.{name}.lora_A.weight"] = parts.right
         tensors[f"base_model.model.{name}.lora_B.weight"] = parts.left
     save_tensors(tensors, out / ADAPTER / "adapter_model.safetensors")
-    save_json(adapter_config(model, found), out / ADAPTER / "adapter_config.json")
+    ranks = {name: parts.rank for name, parts in found.items()}
+    task = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None
+    conv1d = {model.get_submodule(name).kind for name in found} == {"conv1d"}
+    save_json(lora_config(ranks, BASE, task, conv1d), out / ADAPTER / "adapter_config.json")
     layers = {name: f"{parts.rest.form}, with a LoRA of rank {parts.rank}" for name, parts in found.items()}
     layers |= {name: f"whole in the base: {why}" for name, why in whole.items()}
     return Written(layers, ["the base is loaded by transformers after `import eckart`"])
 
 
-def adapter_config(model: Any, found: dict[str, Split]) -> dict[str, Any]:
-    """What adapter_config.json holds. All is scaled by alpha over rank, which is 1 everywhere."""
-    common = Counter(parts.rank for parts in found.values()).most_common(1)[0][0]
-    ranks: dict[str, int] = {}
-    if any(parts.rank != common for parts in found.values()):
-        # the first key that a layer's name ends with counts, so all are listed, longer ones first
-        ranks = {name: found[name].rank for name in sorted(found, key=lambda name: (-len(name), name))}
-    kinds = {model.get_submodule(name).kind for name in found}
+def lora_config(
+    ranks: dict[str, int], base: str, task: str | None, conv1d: bool, saved: list[str] | None = None
+) -> dict[str, Any]:
+    """What adapter_config.json holds. All is scaled by alpha over rank, which is 1 everywhere.
+
+    Args:
+        ranks: layer -> its rank.
+        base: what the base model is called.
+        task: what PEFT calls the task.
+        conv1d: whether the layers are transformers' Conv1D.
+        saved: modules that are saved whole.
+    """
+    common, pattern = rank_pattern(ranks)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
-        "base_model_name_or_path": BASE,
+        "task_type": task,
+        "base_model_name_or_path": base,
         "r": common,
         "lora_alpha": common,
-        "rank_pattern": ranks,
-        "alpha_pattern": dict(ranks),
-        "target_modules": sorted(found),
-        "fan_in_fan_out": kinds == {"conv1d"},
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": sorted(ranks),
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": conv1d,
         "bias": "none",
         "lora_dropout": 0.0,
         "use_rslora": False,

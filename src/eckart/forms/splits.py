@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -62,3 +63,14 @@ def splits(model: nn.Module) -> tuple[dict[str, Split], dict[str, str]]:
         else:
             found[name] = parts
     return found, whole
+
+
+def rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """The most frequent rank, and where ranks differ those of all layers, as PEFT wants them in its `rank_pattern`.
+
+    There the first key that a layer's name ends with counts, so longer ones come first.
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    if all(rank == common for rank in ranks.values()):
+        return common, {}
+    return common, {name: ranks[name] for name in sorted(ranks, key=lambda name: (-len(name), name))}
