@@ -1,4 +1,7 @@
-"""Making a method a real PEFT type: `get_peft_model`, `PeftModel.from_pretrained` and `load_adapter` then know it."""
+"""Making a method a real PEFT type: `get_peft_model`, `PeftModel.from_pretrained` and `load_adapter` then know it.
+
+A process that has not imported `eckart.adapters` reads such a checkpoint with `KeyError: "ECKART_..."`: import it.
+"""
 
 from __future__ import annotations
 
