@@ -45,15 +45,21 @@ def discover(package: str, path: Iterable[str]) -> None:
         importlib.import_module(f"{package}.{module.name}")
 
 
-def method(key: str, *, family: str, paper: str) -> Callable[[T], T]:
-    """Class decorator that enters a method in the catalogue under `key`."""
+def method(key: str, *, family: str, paper: str, wing: str = "") -> Callable[[T], T]:
+    """Class decorator that enters a method in the catalogue under `key`.
+
+    A package of your own says which `wing` its method belongs to; the files of a wing need not.
+    """
 
     def enter(cls: T) -> T:
         if key in _ENTRIES:
             raise ValueError(f"two methods are called {key!r}: {_ENTRIES[key].cls.__module__} and {cls.__module__}")
-        wing = cls.__module__.split(".")[1]
+        package, _, rest = cls.__module__.partition(".")
+        home = wing or (rest.partition(".")[0] if package == "eckart" else "")
+        if not home:
+            raise ValueError(f"{key!r} of {cls.__module__} belongs to no wing: say which, @method({key!r}, wing='compression', ...)")  # fmt: skip # noqa: E501
         summary = (cls.__doc__ or "").strip().split("\n")[0]
-        _ENTRIES[key] = Entry(key, wing, family, paper, summary, cls)
+        _ENTRIES[key] = Entry(key, home, family, paper, summary, cls)
         cls.key = key  # type: ignore[attr-defined]
         return cls
 

@@ -110,7 +110,7 @@ def adapter(key: str, *, family: str, paper: str) -> Callable[[T], T]:
     """Class decorator that enters an adapter in the catalogue, and makes it a type of PEFT."""
 
     def enter(cls: T) -> T:
-        cls = method(key, family=family, paper=paper)(cls)
+        cls = method(key, family=family, paper=paper, wing="adapters")(cls)
         words = {"uses_shared_state": cls.shares, "__doc__": f"The tuner of {key}."}
         register(key, cls, type(f"{cls.__name__}Tuner", (Tuner,), {**words, "__module__": cls.__module__}))
         return cls
