@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import transformers
@@ -34,11 +34,11 @@ from eckart import adapters
 from eckart.adapters import Adapter
 from eckart.adapters.frames import Factors
 from eckart.adapters.host import Site
-from eckart.adapters.registration import register
-from eckart.adapters.tuner import Tuner
+from eckart.adapters.tuner import adapter
 from eckart.runs.counting import SavedBytes
 
 
+@adapter("plain_lora", family="low-rank", paper="LoRA, Hu et al., ICLR 2022, arXiv 2106.09685")
 @dataclass
 class PlainLoRA(Adapter):
     """LoRA as this library's layer does it."""
@@ -46,14 +46,9 @@ class PlainLoRA(Adapter):
     rank: int = 8
     alpha: float = 16.0
 
-    key: ClassVar[str] = "benchmark_lora"
-
     def update(self, site: Site) -> Factors:
         out, in_ = site.shape
         return Factors(torch.zeros(out, site.rank), site.uniform(site.rank, in_, bound=in_**-0.5), self.alpha / site.rank)  # fmt: skip # noqa: E501
-
-
-register(PlainLoRA.key, PlainLoRA, type("PlainLoRATuner", (Tuner,), {}))
 
 
 def peft_lora(model: nn.Module, rank: int) -> Any:

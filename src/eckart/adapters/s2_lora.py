@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eckart.adapters.adapt import updates as updates_of
 from eckart.adapters.base import Adapter, FactoredUpdate, Update
 from eckart.adapters.host import Host, Shared, Site, seeded
+from eckart.adapters.orthogonality import Factor, pull
 from eckart.adapters.proximal import Proximal
 from eckart.adapters.tuner import adapter
 from eckart.schedules import Schedule, Together
@@ -30,6 +32,18 @@ class Picked(FactoredUpdate):
         return self.scale * self.coefficients * B, A
 
 
+class Subgradient(Schedule):
+    """Adds the gradient of strength * ||c||_1 where it has one. Under Adam no coefficient ever gets to zero so."""
+
+    def __init__(self, updates: list[Picked], strength: float):
+        super().__init__()
+        self.updates, self.strength = updates, strength
+
+    def gradients(self, step: int) -> None:
+        for update in self.updates:
+            add_gradient(update.coefficients, self.strength * update.coefficients.detach().sign())
+
+
 class Orthonormal(Schedule):
     """Adds the gradient of gamma (||A Aᵀ - I|| + ||Bᵀ B - I||) of all shared pairs: without it, L1 on c is defeated by
     factors that grow."""
@@ -39,12 +53,8 @@ class Orthonormal(Schedule):
         self.shared, self.gamma = shared, gamma
 
     def gradients(self, step: int) -> None:
-        for name, factor in self.shared.named_parameters():
-            rows = factor.detach().requires_grad_(True)
-            with torch.enable_grad():
-                gram = rows @ rows.T if name.startswith("A") else rows.T @ rows
-                penalty = torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device))
-            add_gradient(factor, self.gamma * torch.autograd.grad(penalty, rows)[0])
+        factors: list[Factor] = [([p], 1 if n.startswith("B") else 0) for n, p in self.shared.named_parameters()]
+        pull(factors, self.gamma * len(factors))
 
 
 @adapter("s2_lora", family="shared factors", paper="S2-LoRA, Liu et al., ICASSP 2024, arXiv 2309.11756")
@@ -54,18 +64,21 @@ class S2LoRA(Adapter):
 
     The paper asks for sparse c; here a proximal step of `sparsity` times the learning rate, which gives exact zeros,
     follows each step of the optimiser (`eckart.adapters.schedule`). The factors are kept near orthonormal, as in
-    AdaLoRA. The rank that a layer uses is the number of its coefficients that are not zero.
+    AdaLoRA. The rank that a layer uses is the number of its coefficients that are not zero: `ranks(model)`. The
+    factors act in every layer at once and bear a lower learning rate than c.
 
     Args:
         rank: components that each shape has.
         scale: of the updates.
         sparsity: lambda, of the 1-norm of all c.
+        penalty: how it acts: `proximal`, or `subgradient`, which gives no zeros.
         orthogonality: gamma, of the penalty on the factors.
     """
 
     rank: int = 32
     scale: float = 1.0
     sparsity: float = 1e-3
+    penalty: str = "proximal"
     orthogonality: float = 0.1
 
     shares: ClassVar[bool] = True
@@ -74,6 +87,8 @@ class S2LoRA(Adapter):
         self.at_least(rank=self.rank)
         self.positive(scale=self.scale)
         self.not_negative(sparsity=self.sparsity, orthogonality=self.orthogonality)
+        if self.penalty not in ("proximal", "subgradient"):
+            raise ValueError(f"s2_lora(penalty={self.penalty!r}): it is 'proximal' or 'subgradient'")
 
     def update(self, site: Site) -> Picked:
         out, in_ = site.shape
@@ -86,7 +101,15 @@ class S2LoRA(Adapter):
 
     def schedule(self, model: nn.Module, updates: dict[str, Update]) -> Schedule:
         picked = [u for u in updates.values() if isinstance(u, Picked)]
-        parts: list[Schedule] = [Proximal(lambda: [u.coefficients for u in picked], self.sparsity)]
+        parts: list[Schedule] = [Subgradient(picked, self.sparsity)]
+        if self.penalty == "proximal":
+            parts = [Proximal(lambda: [u.coefficients for u in picked], self.sparsity)]
         if self.orthogonality and picked:
             parts.append(Orthonormal(picked[0].of_all[0], self.orthogonality))
         return Together(parts)
+
+
+def ranks(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
+    """layer -> components of the shared factors that it uses."""
+    found = updates_of(model, adapter_name)
+    return {n: int(u.coefficients.count_nonzero()) for n, u in found.items() if isinstance(u, Picked)}
