@@ -10,11 +10,12 @@ was made for: nats a token on the decoder's own held-out texts; for MiniLM the m
 of encyclopaedia sentences before and after.
 
 A column of budgets is the number of trained parameters of a LoRA of that rank on all linear layers; every method gets
-its dial (rank, bases, density, ...) turned to the largest value that stays within it, and a method that cannot reach it
-has fewer, as the table says. The learning rate is the best of the same grid for all, each tried with a seed of its own
-on validation mails; a rate at the edge of the grid is marked. Then come the seeds, on test mails: mean and spread
-(standard deviation). "MB" is counted: gradients, optimiser state, and what autograd keeps of one batch. Seconds are
-medians of steps. Every run is written to the JSON file as it ends; the same command goes on with what is missing.
+its dial (rank, bases, ...) turned to the largest value that stays within it, and a method that cannot reach it has
+fewer, as the table says; methods that move ranks get LoRA's rank as their mean, and hold more while they train. The
+learning rate is the best of the same grid for all, each tried with a seed of its own on validation mails; a rate at
+the edge of the grid is marked. Then come the seeds, on test mails: mean and spread (standard deviation). "MB" is
+counted: gradients, optimiser state, and what autograd keeps of one batch. Seconds are medians of steps. Every run is
+written to the JSON file as it ends; the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,29 @@ REFERENCES = {
     "PEFT DoRA": {"use_dora": True},
     "PEFT PiSSA": {"init_lora_weights": "pissa"},
 }
-DIALS: dict[str, str] = {"nola": "bases", "lift": "density", "paca": "rank"}
-"""The field that sets the size of a method where it is not its rank."""
-NEEDS_MORE = ("dp_lora", "fedsvd", "loku", "compress_then_prompt", "explora", "welore_tune")
-"""Methods that are judged by another task than learning a text."""
+DIALS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "adalora": lambda v: {"rank": v, "initial_rank": v + max(1, v // 2)},
+    "compacter": lambda v: {"reduction": max(1, 384 // v)},
+    "householder_projector": lambda v: {"rank": v, "relative": True},
+    "hydra": lambda v: {"rank": v, "sequential_rank": v},
+    "increlora": lambda v: {"rank": v, "warmup": 4, "every": 4},
+    "lift": lambda v: {"rank": v, "interval": 10},
+    "nola": lambda v: {"bases": v},
+    "snella": lambda v: {"rank": v, "interval": 4},
+    "randlora": lambda v: {"rank": max(1, 512 // v)},
+    "tlora": lambda v: {"rank": v, "transform_rank": max(1, v // 2)},
+}
+"""The settings of a size, where they are not its rank alone; intervals fit so short a run."""
+RANKED = ("adalora", "diffora", "eva", "increlora", "sora")
+"""Methods that move or cut ranks: they get LoRA's rank, as the mean that they end with or the most that they have."""
+ELSEWHERE = (
+    "dp_lora", "fedsvd", "loku", "compress_then_prompt", "explora",  # other tasks than learning a text
+    "welore_tune", "lq_lora_start", "eora_start",  # of compressed models
+    "lora_c", "conv_dora", "cp_lora", "cp_dora",  # of convolutions: on linear layers they are LoRA and DoRA
+)  # fmt: skip
+
+
+LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
 
 
 class Task(ABC):
@@ -221,7 +241,7 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in trained(model))
 
 
-def put(task: Task, name: str, value: int | float | None, seed: int, rank: int) -> nn.Module:
+def put(task: Task, name: str, value: int | None, seed: int, rank: int) -> nn.Module:
     """The task's model with a method on it."""
     model = task.model()
     if name in REFERENCES:
@@ -232,7 +252,7 @@ def put(task: Task, name: str, value: int | float | None, seed: int, rank: int) 
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", **settings)
         return get_peft_model(model, config)  # type: ignore[arg-type]
     fields = {f.name for f in dataclasses.fields(adapter_class(name))}
-    words: dict[str, Any] = {} if value is None else {DIALS.get(name, "rank"): value}
+    words = {} if value is None else DIALS.get(name, lambda v: {"rank": v})(value)
     if "seed" in fields:
         words["seed"] = seed
     else:
@@ -245,29 +265,25 @@ def adapter_class(name: str) -> Any:
     return next(e.cls for e in entries("adapters") if e.key == name)
 
 
-def dial(task: Task, name: str, budget: int) -> int | float | None:
+def dial(task: Task, name: str, budget: int, rank: int) -> int | None:
     """The largest setting of a method's dial that keeps within the budget; its least where none does."""
-    field = DIALS.get(name, "rank")
-    if name in REFERENCES or field not in {f.name for f in dataclasses.fields(adapter_class(name))}:
+    if name in REFERENCES:
         return None
-    default = getattr(adapter_class(name)(), field)
-    if isinstance(default, float):
-        ladder: list[int | float] = [0.3 * 2**-i for i in range(12)][::-1]
-    else:
-        ladder = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096]
-    best = ladder[0]
-    for value in ladder:
+    if name in RANKED:
+        return rank
+    best = 0
+    for value in LADDER:
         try:
             size = count(put(task, name, value, 0, 1))
-        except ValueError:
+        except ValueError:  # a rank that the layers cannot have
             continue
-        if size > budget:
+        if best and size > budget:
             break
         best = value
     return best
 
 
-def one(task: Task, name: str, value: int | float | None, lr: float, seed: int, rank: int, part: str, a: argparse.Namespace) -> dict[str, Any]:  # fmt: skip # noqa: E501
+def one(task: Task, name: str, value: int | None, lr: float, seed: int, rank: int, part: str, a: argparse.Namespace) -> dict[str, Any]:  # fmt: skip # noqa: E501
     """Train once and judge; what goes wrong is part of the result."""
     adapted = put(task, name, value, seed, rank)
     schedule = adapters.schedule(adapted) if hasattr(adapted, "peft_config") else Schedule()
@@ -320,7 +336,7 @@ def measure(report: dict[str, Any], a: argparse.Namespace, console: Console) -> 
             budget = count(put(task, "PEFT LoRA", None, 0, rank))
             for name in a.methods:
                 row = report["rows"].setdefault(f"{key}/{rank}/{name}", {"sweep": {}, "runs": {}})
-                if "failed" in row or ("dial" not in row and not _dialled(row, task, name, budget)):
+                if "failed" in row or ("dial" not in row and not _dialled(row, task, name, budget, rank)):
                     write_json(report, a.json)
                     continue
                 for lr in a.rates:
@@ -338,9 +354,9 @@ def measure(report: dict[str, Any], a: argparse.Namespace, console: Console) -> 
                 console.print(f"{key}, as LoRA of rank {rank}, {name}: {said(row)}", highlight=False)
 
 
-def _dialled(row: dict[str, Any], task: Task, name: str, budget: int) -> bool:
+def _dialled(row: dict[str, Any], task: Task, name: str, budget: int, rank: int) -> bool:
     try:
-        row["dial"] = dial(task, name, budget)
+        row["dial"] = dial(task, name, budget, rank)
     except (RuntimeError, ValueError, TypeError) as error:
         row["failed"] = f"{type(error).__name__}: {error}"
     return "dial" in row
@@ -353,10 +369,10 @@ def said(row: dict[str, Any]) -> str:
     return f"{statistics.mean(r['figure'] for r in runs):.4f} at {runs[0]['lr']:g}, {runs[0]['trained']:,} trained"
 
 
-def show(report: dict[str, Any], console: Console) -> None:
+def show(report: dict[str, Any], a: argparse.Namespace, console: Console) -> None:
     s = report["settings"]
-    for key in s["tasks"]:
-        for rank in s["ranks"]:
+    for key in a.tasks:
+        for rank in a.ranks:
             title = f"{key}; as many parameters as LoRA of rank {rank}; {s['steps']} steps, {len(s['seeds'])} seeds"
             made = table(title, ["method"], ["trained", "rate", TASKS[key].figure, "spread", "forgotten", "MB", "s/step", "file KB"])  # fmt: skip # noqa: E501
             rows = {n.split("/", 2)[2]: r for n, r in report["rows"].items() if n.startswith(f"{key}/{rank}/")}
@@ -383,19 +399,19 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 def opened(a: argparse.Namespace) -> dict[str, Any]:
     """The report of the same settings that is there, or a new one."""
-    settings = {k: getattr(a, k) for k in ("tasks", "ranks", "steps", "rates", "seeds", "bfloat16", "quick")}
-    if a.json.exists():
-        report: dict[str, Any] = json.loads(a.json.read_text(encoding="utf-8"))
-        differ = [k for k in settings if k != "tasks" and report["settings"].get(k) != settings[k]]
-        if differ:
-            raise SystemExit(f"{a.json} holds runs with other settings ({', '.join(differ)}): name another file")
-        return report
-    return {"machine": machine(), "settings": settings, "rows": {}}
+    settings = {k: getattr(a, k) for k in ("steps", "rates", "seeds", "bfloat16", "quick")}
+    if not a.json.exists():
+        return {"machine": machine(), "settings": settings, "rows": {}}
+    report: dict[str, Any] = json.loads(a.json.read_text(encoding="utf-8"))
+    differ = [k for k in settings if report["settings"].get(k) != settings[k]]
+    if differ:
+        raise SystemExit(f"{a.json} holds runs with other settings ({', '.join(differ)}): name another file")
+    return report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*REFERENCES, *(e.key for e in entries("adapters") if e.key not in NEEDS_MORE)]
+    names = [*REFERENCES, *(e.key for e in entries("adapters") if e.key not in ELSEWHERE)]
     parser.add_argument("--json", type=Path, default=Path("finetune.json"), help="the results, and where a run goes on")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
@@ -413,7 +429,7 @@ def main() -> None:
         torch.set_num_threads(a.threads)
     console, report = Console(width=None if sys.stdout.isatty() else 160), opened(a)
     measure(report, a, console)
-    show(report, console)
+    show(report, a, console)
 
 
 if __name__ == "__main__":
