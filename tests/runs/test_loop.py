@@ -14,6 +14,7 @@ import tiny
 from eckart.calibration.tokens import Tokens
 from eckart.optimizers import GaLore, param_groups
 from eckart.runs import Loop, Training
+from eckart.runs.batches import NOTHING, Example, Examples
 from eckart.runs.counting import SavedBytes, state_bytes
 from eckart.runs.loop import share
 from eckart.training import structure
@@ -24,7 +25,7 @@ def windows(count: int = 10, length: int = 8, padded: bool = False) -> Tokens:
     return Tokens(batch["input_ids"], batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool())
 
 
-def loop(model: Any = None, tokens: Tokens | None = None, **settings: Any) -> Loop:
+def loop(model: Any = None, tokens: Tokens | Examples | None = None, **settings: Any) -> Loop:
     model = model or tiny.build("llama", num_hidden_layers=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     words = {"steps": 6, "batch": 3, "warmup": 2, "clip": 0.0, **settings}
@@ -55,6 +56,20 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     assert a.loss == pytest.approx(b.loss, rel=1e-5)
     for p, q in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_is_the_mean_over_its_labels_however_they_are_batched() -> None:
+    tokens = windows(count=6, padded=True)
+    assert len(set(tokens.mask.sum(1).tolist())) > 1
+    whole, parts = loop(tokens=tokens, batch=6), loop(tokens=tokens, batch=2, accumulate=3)
+    assert whole.step().loss == pytest.approx(parts.step().loss, rel=1e-5)
+    examples = Examples([Example(ids[mask].tolist(), ids[mask].tolist()) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)], pad=0)  # fmt: skip # noqa: E501
+    assert loop(tokens=examples, batch=6).step().loss == pytest.approx(loop(tokens=tokens, batch=6).step().loss, rel=1e-5)  # fmt: skip # noqa: E501
+    silent = Example([5, 6], [NOTHING, NOTHING])
+    mixed = Examples([silent, examples.examples[0]], pad=0)
+    assert math.isfinite(loop(tokens=mixed, batch=1, accumulate=2).step().loss)
+    with pytest.raises(ValueError, match="not one token to predict"):
+        loop(tokens=Examples([silent], pad=0))
 
 
 def test_every_window_is_seen_once_an_epoch_in_another_order() -> None:

@@ -73,16 +73,21 @@ class TextFile:
             raise ValueError(f"{self.path} is not one of the kinds that can be read: {', '.join(FILES)}.")
 
     def __iter__(self) -> Iterator[str]:
+        for number, row in self.rows():
+            yield self._text(row, number)
+
+    def rows(self) -> Iterator[tuple[int, Any]]:
+        """Line and content of every row: an object of JSON, or column -> value; of a .txt file, all text as one."""
         read = {".txt": self._txt, ".jsonl": self._jsonl, ".csv": self._csv}[self.path.suffix]
         try:
             yield from read()
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not UTF-8 text: {error}") from error
 
-    def _txt(self) -> Iterator[str]:
-        yield self.path.read_text(encoding="utf-8-sig")
+    def _txt(self) -> Iterator[tuple[int, Any]]:
+        yield 1, {self.column: self.path.read_text(encoding="utf-8-sig")}
 
-    def _jsonl(self) -> Iterator[str]:
+    def _jsonl(self) -> Iterator[tuple[int, Any]]:
         with self.path.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
@@ -91,15 +96,15 @@ class TextFile:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{self.path}, line {number}, is not JSON: {error}") from error
-                yield self._text(row, number)
+                yield number, row
 
-    def _csv(self) -> Iterator[str]:
+    def _csv(self) -> Iterator[tuple[int, Any]]:
         limit = csv.field_size_limit(2**31 - 1)
         try:
             with self.path.open(encoding="utf-8-sig", newline="") as lines:
                 rows = csv.DictReader(lines)
                 for row in rows:
-                    yield self._text(row, rows.line_num)
+                    yield rows.line_num, row
         except csv.Error as error:
             raise ValueError(f"{self.path} is not a CSV file: {error}") from error
         finally:

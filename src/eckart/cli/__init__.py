@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from eckart.cli.console import EXIT_USAGE, Bars, acting, err, megabytes, number, out, show_json, table
+from eckart.cli.settings import parse_settings
 
 app = typer.Typer(
     name="eckart",
@@ -95,15 +96,18 @@ def compress(
     as_json: JsonOption = False,
 ) -> None:
     """Compress MODEL into DIR under a byte budget."""
+    from inspect import signature
+
     from eckart.compression import compress_to
     from eckart.jobs.workers import executor_for
 
     with acting(as_json):
+        words = parse_settings(settings, signature(compress_to).parameters)
         with Bars() as bars, executor_for(workers) as executor:
             result = compress_to(
                 output, model, method, form=form, metric=metric, allocation=allocation, budget=budget, data=data,
                 samples=samples, length=length, batch_size=batch_size, seed=seed, resume=resume, overwrite=overwrite,
-                dry_run=dry_run, statistics=statistics, executor=executor, progress=bars, **parse_settings(settings),
+                dry_run=dry_run, statistics=statistics, executor=executor, progress=bars, **words,
             )  # fmt: skip
         if as_json:
             show_json(result.to_json())
@@ -128,34 +132,6 @@ def _show_plan(result: Any) -> None:
 
 def _relative(error: float | None, energy: float | None) -> str:
     return "-" if error is None or not energy else f"{(max(error, 0.0) / energy) ** 0.5:.4f}"
-
-
-def parse_settings(pairs: list[str] | None) -> dict[str, Any]:
-    """`name=value` texts as keyword arguments: numbers, true/false and none are read, other values stay text."""
-    from inspect import signature
-
-    from eckart.compression import compress_to
-
-    options = signature(compress_to).parameters
-    words: dict[str, Any] = {"true": True, "false": False, "none": None}
-    found: dict[str, Any] = {}
-    for pair in pairs or []:
-        name, sign, value = pair.partition("=")
-        if not sign or not name.strip():
-            raise ValueError(f"cannot read the setting {pair!r}: write NAME=VALUE")
-        if name.strip() in options:
-            raise ValueError(f"{name.strip()} is an option of its own: write --{name.strip().replace('_', '-')} {value.strip()}")  # fmt: skip # noqa: E501
-        found[name.strip()] = words.get(value.strip().lower(), _number(value.strip()))
-    return found
-
-
-def _number(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 @app.command()
@@ -209,18 +185,20 @@ def task_results(model: str, tasks: list[str] | None) -> dict[str, dict[str, Any
 
 @app.command()
 def export(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A compressed folder, or any MODEL.")],
-    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="peft, gguf or onnx.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A compressed folder, any MODEL, or an adapter.")],
+    to: Annotated[str, typer.Option("--to", metavar="TARGET", help="peft, gguf or onnx; of an adapter lora or gguf.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The new folder.")],
+    rank: Annotated[int | None, typer.Option(help="Of an adapter's layers, at most.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Of an adapter, if it is not its own.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse what the format cannot hold exactly.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a compressed model as PEFT, llama.cpp (GGUF) or onnxruntime read it."""
+    """Write a model as PEFT, llama.cpp (GGUF) or onnxruntime read it; an adapter as PEFT's LoRA, or for llama.cpp."""
     from eckart.export import export as write
 
     with acting(as_json):
         with Bars() as bars:
-            made = write(folder, to, output, strict=strict, progress=bars)
+            made = write(folder, to, output, strict=strict, rank=rank, base=base, progress=bars)
         if as_json:
             show_json(made.to_json())
             return
@@ -279,6 +257,56 @@ def train(
     from eckart.cli.train import run_train
 
     run_train(config, resume, overwrite, as_json)
+
+
+@app.command()
+def finetune(
+    model: ModelArgument,
+    adapter: Annotated[str, typer.Option("--adapter", "-a", metavar="KEY", help="See `eckart methods`.")],
+    data: Annotated[
+        str, typer.Option("--data", help="'builtin', a .txt, .jsonl or .csv file, or a data set of `datasets`.")
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="The new folder.")],
+    task: Annotated[str, typer.Option(help="text, instruction or classification; auto goes by the columns.")] = "auto",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", metavar="NAME=COLUMN", help="The column taken for text, label, prompt, ..."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of the adapter.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the optimiser; instead of --epochs.", min=1)] = None,
+    epochs: Annotated[float, typer.Option(help="How often each row is seen.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Rows in a batch.", min=1)] = 8,
+    accumulate: Annotated[int, typer.Option(help="Batches in a step.", min=1)] = 1,
+    length: LengthOption = 512,
+    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 5e-4,
+    warmup: Annotated[
+        str, typer.Option(help="Steps (100) or share of the run (0.1) over which the rate rises.")
+    ] = "0.1",
+    weight_decay: Annotated[float, typer.Option(help="Of the trained tensors.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradients; 0 does not clip.")] = 1.0,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 100,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: SeedOption = 0,
+    samples: Annotated[int, typer.Option(help="Rows shown to an adapter that starts from data.", min=1)] = 32,
+    held_out: Annotated[float, typer.Option(help="Share of the rows that is judged on.")] = 0.1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace DIR, once the new one is whole, and an unfinished run.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train any adapter on text, instructions or classes, and save it for PEFT."""
+    from eckart.cli.finetune import run_finetune
+
+    run_finetune(
+        model, adapter, data, output, settings, columns, as_json, task=task, steps=steps, epochs=epochs,
+        batch_size=batch_size, accumulate=accumulate, length=length, lr=lr, warmup=warmup, weight_decay=weight_decay,
+        clip=clip, precision=precision, save_every=save_every, device=device, seed=seed, samples=samples,
+        held_out=held_out, resume=resume, overwrite=overwrite,
+    )  # fmt: skip
 
 
 @app.command()

@@ -13,10 +13,18 @@ is trained by `eckart train run.yaml`, or `train("run.yaml")`; every key but `ou
     loop = Loop(model, optimizer, windows, Training(steps=100), schedule=schedule)
     while loop.steps < 100:
         print(loop.step().loss)
+
+An adapter on a frozen model, from a file of examples to a PEFT folder:
+
+    finetune("MODEL", "svfit", data="examples.jsonl", output="out/adapter", steps=200, settings={"rank": 16})
+
+is `eckart finetune MODEL --adapter svfit --data examples.jsonl --output out/adapter --steps 200 --set rank=16`.
 """
 
 from eckart.runs.build import train_tokenizer
 from eckart.runs.config import Config, Data, Model, Optimizer, Structure, Training
+from eckart.runs.finetune import Finetuned, finetune
+from eckart.runs.finetuning import Finetuning
 from eckart.runs.loop import Loop, Measured
 from eckart.runs.read import read_yaml
 from eckart.runs.train import Trained, finish, train
@@ -24,6 +32,8 @@ from eckart.runs.train import Trained, finish, train
 __all__ = [
     "Config",
     "Data",
+    "Finetuned",
+    "Finetuning",
     "Loop",
     "Measured",
     "Model",
@@ -31,6 +41,7 @@ __all__ = [
     "Structure",
     "Trained",
     "Training",
+    "finetune",
     "finish",
     "read_yaml",
     "train",

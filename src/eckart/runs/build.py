@@ -20,6 +20,7 @@ from eckart.checkpoint.source import no_bars, resolve
 from eckart.downloads import Progress, silent
 from eckart.optimizers import int8_linears, param_groups
 from eckart.registry import entries, find, suggest
+from eckart.runs.base import device_of
 from eckart.runs.config import Config, Data, Model
 from eckart.runs.config import Optimizer as OptimizerSettings
 from eckart.schedules import Schedule
@@ -109,12 +110,7 @@ def model_for(config: Config, tokenizer: Any) -> Any:
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
         model = new_model(config.model, tokenizer, config.data.length, config.seed)
-    device = config.training.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("training.device: torch sees no GPU here; say auto or cpu")
-    return model.to(device=device, dtype=getattr(torch, config.model.dtype))
+    return model.to(device=device_of(config.training.device), dtype=getattr(torch, config.model.dtype))
 
 
 def structured(model: Any, config: Config) -> Schedule | None:

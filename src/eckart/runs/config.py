@@ -7,6 +7,10 @@ from typing import Any, Literal
 
 from eckart.schedules import at_step
 
+Decay = Literal["cosine", "linear", "none"]
+Precision = Literal["float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+
 
 def least(name: str, value: int, bound: int) -> None:
     """Raises `ValueError` where a number is too small."""
@@ -89,12 +93,12 @@ class Training:
     batch: int = 32
     accumulate: int = 1
     warmup: int | float = 0.1
-    decay: Literal["cosine", "linear", "none"] = "cosine"
+    decay: Decay = "cosine"
     floor: float = 0.05
     clip: float = 1.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     save_every: int = 100
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "save_every"):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from eckart.calibration.tokens import Tokens
+from eckart.runs.batches import Batches, Windows, on
 from eckart.runs.config import Training
 from eckart.runs.counting import SavedBytes, gradient_bytes, peak_memory, state_bytes, weight_bytes
 from eckart.schedules import Schedule, at_step
@@ -25,7 +25,7 @@ class Measured:
 
     Attributes:
         step: its number, from 1.
-        loss: mean over the predicted tokens, in nats, before the step.
+        loss: mean over the predicted tokens (or the classified examples), in nats, before the step.
         lr: the learning rate of the first group.
         seconds: of the step, by the clock.
         tokens_per_second: tokens that were run.
@@ -48,29 +48,31 @@ class Measured:
 
 
 class Loop:
-    """Trains a causal language model on windows of tokens.
+    """Trains a transformers model that computes its own loss: on windows of text, or on examples with labels.
 
-    Every window is seen once in an epoch, in an order that the seed and the epoch determine. The learning rates of all
-    groups follow the settings; what they are when the loop is made is their highest.
+    Every row is seen once in an epoch, in an order that the seed and the epoch determine. The loss of a step is the
+    mean over its labels, however many batches they are in. The learning rates of all groups follow the settings; what
+    they are when the loop is made is their highest.
 
     Args:
-        model: a transformers model with a language-modelling head, structured already.
+        model: a transformers model with a head, structured already.
         optimizer: over its parameters.
-        windows: tokens to train on.
+        data: windows of text, or any other rows.
         settings: of the training.
         schedule: what follows the optimiser's steps.
-        seed: of the order of the windows.
+        seed: of the order of the rows.
 
-    Raises `ValueError` where the windows hold padding only, or there is none.
+    Raises `ValueError` where the rows hold padding only, or there is none.
     """
 
     def __init__(
-        self, model: Any, optimizer: torch.optim.Optimizer, windows: Tokens, settings: Training, *,
+        self, model: Any, optimizer: torch.optim.Optimizer, data: Tokens | Batches, settings: Training, *,
         schedule: Schedule | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
-        if len(windows) == 0 or not bool(windows.mask[:, 1:].any()):
+        self.data: Batches = Windows(data) if isinstance(data, Tokens) else data
+        if len(self.data) == 0 or not self.data.targets(torch.arange(len(self.data))):
             raise ValueError("there is not one token to predict in the data: give more text, or shorter windows")
-        self.model, self.optimizer, self.windows = model, optimizer, windows
+        self.model, self.optimizer = model, optimizer
         self.settings, self.schedule, self.seed = settings, schedule, seed
         self.device = next(model.parameters()).device
         self.rates = [float(group["lr"]) for group in optimizer.param_groups]
@@ -85,11 +87,16 @@ class Loop:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share(self.steps, self.settings)
         lr, loss, tokens = float(self.optimizer.param_groups[0]["lr"]), 0.0, 0
-        for rows in self.rows(self.steps).split(self.settings.batch):
-            loss += self._batch(self.windows.ids[rows], self.windows.mask[rows]) / self.settings.accumulate
-            tokens += self.windows.ids[rows].numel()
+        rows = self.rows(self.steps)
+        judged = self.data.targets(rows)
+        for part in rows.split(self.settings.batch):
+            here = self.data.targets(part)
+            if here:  # the mean over no label is not a number
+                inputs = self.data.batch(part)
+                loss += self._batch(inputs, here / judged)
+                tokens += inputs["input_ids"].numel()
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss of step {self.steps + 1} is {loss}: training has diverged; lower optimizer.lr, or clip with training.clip")  # fmt: skip # noqa: E501
+            raise RuntimeError(f"the loss of step {self.steps + 1} is {loss}: training has diverged; lower optimizer.lr (eckart finetune: --lr), or clip with training.clip (--clip)")  # fmt: skip # noqa: E501
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         gradients = gradient_bytes(self.model)
@@ -105,13 +112,13 @@ class Loop:
             state, self.activations or 0, peak_memory(self.device),
         )  # fmt: skip
 
-    def rows(self, step: int) -> Int[Tensor, " windows"]:
-        """Numbers of the windows of a step."""
+    def rows(self, step: int) -> Int[Tensor, " rows"]:
+        """Numbers of the rows of a step."""
         size = self.settings.batch * self.settings.accumulate
         wanted = torch.arange(step * size, (step + 1) * size)
-        epochs = wanted // len(self.windows)
-        orders = {int(e): torch.randperm(len(self.windows), generator=_generator(self.seed, int(e))) for e in epochs.unique()}  # fmt: skip # noqa: E501
-        return torch.stack([orders[int(e)][i] for e, i in zip(epochs, wanted % len(self.windows), strict=True)])
+        epochs = wanted // len(self.data)
+        orders = {int(e): torch.randperm(len(self.data), generator=_generator(self.seed, int(e))) for e in epochs.unique()}  # fmt: skip # noqa: E501
+        return torch.stack([orders[int(e)][i] for e, i in zip(epochs, wanted % len(self.data), strict=True)])
 
     def _begin(self) -> None:
         if self._begun:
@@ -121,26 +128,24 @@ class Loop:
         if self.schedule is not None:
             self.schedule.begin(self.optimizer, self.settings.steps)
 
-    def _batch(self, ids: Int[Tensor, "rows length"], mask: Bool[Tensor, "rows length"]) -> float:
-        """Forward and backward; returns the loss."""
-        inputs = {"input_ids": ids.to(self.device), "labels": ids.masked_fill(~mask, -100).to(self.device)}
-        if not bool(mask.all()):
-            inputs["attention_mask"] = mask.long().to(self.device)
+    def _batch(self, inputs: dict[str, Any], weight: float) -> float:
+        """Forward and backward of the loss times its weight in the step's; returns that."""
+        inputs = on(self.device, inputs)
         counting = SavedBytes(self.model) if self.activations is None else None
         half = self.settings.precision == "bfloat16"
         with counting or contextlib.nullcontext(), torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            loss = self.model(**inputs, use_cache=False).loss
+            loss = self.model(**inputs).loss * weight
         if counting is not None:
             self.activations = counting.total
-        (loss / self.settings.accumulate).backward()
+        loss.backward()
         return float(loss.detach())
 
     def state(self) -> dict[str, Any]:
         """All that the steps to come depend on; tensors and numbers only."""
         return {
             "steps": self.steps,
-            "data": self.fingerprint(),
-            "model": self.model.state_dict(),
+            "data": self.data.fingerprint(),
+            "model": self.weights(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "rng": torch.get_rng_state(),
@@ -149,9 +154,9 @@ class Loop:
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a `state`, before the first step. Raises `ValueError` where it is of other data."""
-        if state["data"] != self.fingerprint():
+        if state["data"] != self.data.fingerprint():
             raise ValueError("the texts are not those that this run began with: bring them back, or begin anew")
-        self.model.load_state_dict(state["model"])
+        self.put(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
@@ -160,9 +165,14 @@ class Loop:
             torch.cuda.set_rng_state_all(state["cuda"])
         self.steps = state["steps"]
 
-    def fingerprint(self) -> str:
-        """A hash of the windows."""
-        return hashlib.sha256(self.windows.ids.numpy().tobytes()).hexdigest()[:16]
+    def weights(self) -> dict[str, Tensor]:
+        """Tensors of the model that a state holds."""
+        found: dict[str, Tensor] = self.model.state_dict()
+        return found
+
+    def put(self, weights: dict[str, Tensor]) -> None:
+        """Put such tensors back."""
+        self.model.load_state_dict(weights)
 
 
 def share(step: int, settings: Training) -> float:

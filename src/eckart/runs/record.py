@@ -1,11 +1,12 @@
-"""What a run writes down as it goes on: one JSON object a step, TensorBoard's events, and its last checkpoint."""
+"""Runs on disk: what they write down as they go on (a JSON object a step, TensorBoard's events, the last checkpoint),
+and how they are cut off and resumed."""
 
 from __future__ import annotations
 
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 
+from eckart.downloads import Progress, silent
 from eckart.files import whole
+from eckart.jobs.place import Place
 from eckart.runs.loop import Loop, Measured
 
 METRICS, STATE, TENSORBOARD = "metrics.jsonl", "state.pt", "tensorboard"
@@ -81,9 +84,73 @@ def save(loop: Loop, folder: Path) -> None:
 
 
 def restore(loop: Loop, folder: Path) -> None:
-    """Go on from the checkpoint of a folder, if it has one; nothing in it is executed."""
-    if (folder / STATE).exists():
-        loop.load(torch.load(folder / STATE, weights_only=True, map_location=loop.device.type))
+    """Go on from the checkpoint of a folder, if it has one."""
+    state = read_state(folder, loop.device)
+    if state is not None:
+        loop.load(state)
+
+
+def read_state(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """The checkpoint of a folder, if it has one; nothing in it is executed."""
+    if not (folder / STATE).exists():
+        return None
+    found: dict[str, Any] = torch.load(folder / STATE, weights_only=True, map_location=device.type)
+    return found
+
+
+def on_disk(
+    out: Path, job: dict[str, Any], make: Callable[[Path], None], resume: bool = False, overwrite: bool = False
+) -> None:
+    """Let `make` finish the folder `model` within a working folder, and move it to `out`.
+
+    The working folder, `<out>.partial`, stays where another attempt may do better. A run that had moved its result, and
+    was killed then, only tidies up.
+
+    Args:
+        job: all settings; a run with others is not resumed.
+
+    Raises:
+        FileExistsError: `out` is there already, or an unfinished run is, and `overwrite` was not asked for.
+        ValueError: the run to be resumed is another; and whatever `make` raises.
+    """
+    place = Place(out)
+    place.enter(job, resume, overwrite)
+    try:
+        if not place.moved:
+            make(place.work)
+            place.move()
+        place.leave()
+    except (OSError, MemoryError, RuntimeError, KeyboardInterrupt) as e:
+        e.add_note(f"what is done is kept in {place.work}, and --resume goes on from there")
+        raise
+    except Exception:
+        if not (place.work / STATE).exists():
+            place.leave()
+        raise
+
+
+def run_steps(loop: Loop, work: Path, progress: Progress = silent) -> None:
+    """All steps that are left, with checkpoints. Raises `KeyboardInterrupt` after the step that Ctrl-C fell into."""
+    total, every = loop.settings.steps, loop.settings.save_every
+    metrics = Metrics(work, loop.steps)
+    try:
+        with patient() as asked:
+            progress("train", loop.steps, total)
+            while loop.steps < total:
+                metrics.add(loop.step())
+                progress("train", loop.steps, total)
+                if loop.steps % every == 0 or loop.steps == total or asked.is_set():
+                    save(loop, work)
+                if asked.is_set():
+                    raise KeyboardInterrupt(f"after step {loop.steps} of {total}")
+    finally:
+        metrics.close()
+
+
+def last_loss(lines: Sequence[dict[str, Any]]) -> float:
+    """Mean loss of the last twentieth of the steps."""
+    last = [float(line["loss"]) for line in lines[-max(1, len(lines) // 20) :]]
+    return sum(last) / len(last)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from eckart.checkpoint.source import no_bars
 from eckart.downloads import Progress, silent
 from eckart.evaluation import perplexity
 from eckart.jobs.folder_job import versions
-from eckart.jobs.place import MODEL, Place
+from eckart.jobs.place import MODEL
 from eckart.optimizers import plain_linears
 from eckart.runs.build import (
     check_words,
@@ -28,7 +28,7 @@ from eckart.runs.config import Config
 from eckart.runs.loop import Loop
 from eckart.runs.page import training_report
 from eckart.runs.read import read_yaml
-from eckart.runs.record import METRICS, STATE, TENSORBOARD, Metrics, patient, read_metrics, restore, save
+from eckart.runs.record import METRICS, TENSORBOARD, last_loss, on_disk, read_metrics, restore, run_steps
 
 FIGURES = ("weight_bytes", "gradient_bytes", "state_bytes", "activation_bytes", "peak_memory")
 
@@ -79,23 +79,12 @@ def train(
     """
     settings = config if isinstance(config, Config) else read_yaml(Path(config), Config)
     check_words(settings)
-    place = Place(Path(settings.output).expanduser().resolve())
-    if settings.model.folder and Path(settings.model.folder).expanduser().resolve() == place.out:
+    out = Path(settings.output).expanduser().resolve()
+    if settings.model.folder and Path(settings.model.folder).expanduser().resolve() == out:
         raise ValueError(f"output: {settings.output} is the folder of the model itself: choose another one")
-    place.enter({**settings.to_json(), "versions": versions()}, resume, overwrite)
-    try:
-        if not place.moved:
-            _train(settings, place.work, progress)
-            place.move()
-        place.leave()
-    except (OSError, MemoryError, RuntimeError, KeyboardInterrupt) as e:  # another attempt may do better
-        e.add_note(f"what is done is kept in {place.work}, and --resume goes on from there")
-        raise
-    except Exception:
-        if not (place.work / STATE).exists():
-            place.leave()
-        raise
-    done = json.loads((place.out / "train.json").read_text(encoding="utf-8"))
+    job = {**settings.to_json(), "versions": versions()}
+    on_disk(out, job, lambda work: _train(settings, work, progress), resume, overwrite)
+    done = json.loads((out / "train.json").read_text(encoding="utf-8"))
     return Trained(settings.output, **done["result"])
 
 
@@ -111,7 +100,7 @@ def _train(settings: Config, work: Path, progress: Progress) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     loop = Loop(model, optimizer, windows, settings.training, schedule=schedule, seed=settings.seed)
     restore(loop, work)
-    _run(loop, work, progress)
+    run_steps(loop, work, progress)
     finish(loop)
     found = perplexity(model, held, settings.training.batch, progress=progress).value if len(held) else None
     target = work / MODEL
@@ -122,32 +111,13 @@ def _train(settings: Config, work: Path, progress: Progress) -> None:
     if (work / TENSORBOARD).exists():
         shutil.copytree(work / TENSORBOARD, target / TENSORBOARD, dirs_exist_ok=True)
     lines = read_metrics(work)
-    last = [line["loss"] for line in lines[-max(1, len(lines) // 20) :]]
     speeds = sorted(line["tokens_per_second"] for line in lines)
     result = {
-        "parameters": parameters, "steps": loop.steps, "loss": sum(last) / len(last), "perplexity": found,
+        "parameters": parameters, "steps": loop.steps, "loss": last_loss(lines), "perplexity": found,
         "tokens_per_second": speeds[len(speeds) // 2], "bytes": {name: lines[-1][name] for name in FIGURES},
     }  # fmt: skip
     save_json({"settings": settings.to_json(), "versions": versions(), "result": result}, target / "train.json")
     training_report(target)
-
-
-def _run(loop: Loop, work: Path, progress: Progress) -> None:
-    """All steps that are left, with checkpoints. Raises `KeyboardInterrupt` after the step that Ctrl-C fell into."""
-    total, every = loop.settings.steps, loop.settings.save_every
-    metrics = Metrics(work, loop.steps)
-    try:
-        with patient() as asked:
-            progress("train", loop.steps, total)
-            while loop.steps < total:
-                metrics.add(loop.step())
-                progress("train", loop.steps, total)
-                if loop.steps % every == 0 or loop.steps == total or asked.is_set():
-                    save(loop, work)
-                if asked.is_set():
-                    raise KeyboardInterrupt(f"after step {loop.steps} of {total}")
-    finally:
-        metrics.close()
 
 
 def finish(loop: Loop) -> None:
