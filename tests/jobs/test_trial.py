@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -121,8 +122,11 @@ def test_auto_does_the_simple_thing_where_it_loses_nothing(tmp_path: Path) -> No
     assert not list(tmp_path.rglob("statistics/*.safetensors"))
 
 
-def test_auto_takes_the_candidate_with_the_least_loss_on_text_set_aside(tmp_path: Path) -> None:
+def test_auto_takes_the_candidate_with_the_least_loss_on_text_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By what it says it found, and by what the model that it makes loses on that text."""
+    monkeypatch.setattr("eckart.compression.auto.NEGLIGIBLE", 0.0)  # the first one loses next to nothing here
     batches = tiny.batches((2,) * 8, length=16)
     engine = Engine(InMemory(tiny.build("llama")), method_for("auto"), Budget.parse("0.4"), batches, tmp_path)
     plan = engine.plan()
@@ -149,6 +153,39 @@ def test_a_model_without_logits_is_judged_by_its_features() -> None:
             found, wanted = (m(**batches[-1]).last_hidden_state for m in (model, original))
         lost[method] = float((0.5 * (found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean())
     assert lost["auto"] < lost["rtn"]
+
+
+CODES = [f"quantized(bits={bits}, group=64{{more}})" for bits in (1, 2, 3, 4, 5, 6, 8)]
+SINGLE: dict[str, dict[str, Any]] = {
+    "nearest": {"form": " | ".join(CODES).format(more="")},
+    "gptq": {"form": " | ".join(CODES).format(more=", rounding=gptq()"), "metric": "input_covariance()"},
+}
+
+
+def encoder() -> Any:
+    """Of which a large table is the most, and whose answers no pooler takes part in."""
+    torch.manual_seed(0)
+    own = {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    return tiny.scattered(tf.BertModel(tf.BertConfig(**(tiny.GATED | own))).eval())
+
+
+@pytest.mark.parametrize("bits", [2.6, 4.5])
+def test_auto_is_no_worse_than_any_single_form_on_an_encoder(bits: float) -> None:
+    """Tables, and what no answer depends on, take part: nothing that counts stays dense where bytes are scarce."""
+    batches, original, lost = tiny.batches((2,) * 8, length=16), encoder(), {}
+    size = sum(p.numel() for p in original.parameters())
+    for name, words in {**SINGLE, "auto": {}}.items():
+        model = encoder()
+        if words:
+            words = words | {"allocation": "optimal()", "targets": ".*"}
+        result = eckart.compress(model, None if words else "auto", budget=f"{bits}bpw", data=batches, **words).result
+        assert result.bytes_after <= bits * size / 8
+        with torch.no_grad():
+            found, wanted = (m(**batches[-1]).last_hidden_state for m in (model, original))
+        lost[name] = float((0.5 * (found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean())
+    assert {layer.name for layer in result.layers if layer.form == "dense()" and layer.dense_bytes > 0.01 * 4 * size} == set()  # fmt: skip # noqa: E501
+    assert "pooler.dense" in {layer.name for layer in result.layers}
+    assert lost["auto"] <= min(lost.values())
 
 
 def test_the_loss_of_a_model_that_foretells_nothing_is_not_measured(tmp_path: Path) -> None:

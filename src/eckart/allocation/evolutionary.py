@@ -160,9 +160,9 @@ class Evolutionary(Additive):
     """The least measured loss: an evolutionary search that starts from the better of two allocations that add up.
 
     It needs a fitness: the loss of the whole model after a choice, on calibration text. Departs from the paper: the
-    search begins at dynamic programming or a uniform share, whichever measures better; units of any sizes pay for one
-    another; and it is shorter by default (the paper takes 150 generations of 128 and stages of 16, 4, 1 on 2048,
-    16384 and 131072 tokens for bits).
+    search begins at dynamic programming or a uniform share, both of points that no other beats, whichever measures
+    better; units of any sizes pay for one another; and it is shorter by default (the paper takes 150 generations of
+    128 and stages of 16, 4, 1 on 2048, 16384 and 131072 tokens for bits).
 
     Args:
         generations: how many.
@@ -198,7 +198,10 @@ class Evolutionary(Additive):
     def allocate(self, problem: Problem) -> dict[str, int]:
         if problem.fitness is None:
             raise ValueError("evolutionary allocation measures losses: give calibration text, or use dynamic_programming()")  # fmt: skip # noqa: E501
-        starts = [allocator.choose(problem) for allocator in (DynamicProgramming(self.damage), Uniform())]
+        fronts = {name: self._front(curve) for name, curve in problem.curves.items()}
+        unbeaten = replace(problem, curves={n: c.only(fronts[n]) for n, c in problem.curves.items()})
+        chosen = [allocator.choose(unbeaten) for allocator in (DynamicProgramming(self.damage), Uniform())]
+        starts = [{name: fronts[name][i] for name, i in choice.items()} for choice in chosen]
         points = {n: self._levels(curve, [start[n] for start in starts]) for n, curve in problem.curves.items()}
         short = replace(problem, curves={n: c.only(points[n]) for n, c in problem.curves.items()}, fitness=None)
         full = problem.fitness
@@ -224,11 +227,16 @@ class Evolutionary(Additive):
             )  # fmt: skip
         return {name: points[name][i] for name, i in state.parent.items()}
 
+    def _front(self, curve: Curve) -> list[int]:
+        """The points that no other beats in both bytes and damage, cheapest first."""
+        found: list[int] = front(np.asarray(curve.nbytes, dtype=np.float64), self.damages(curve)).tolist()
+        return found
+
     def _levels(self, curve: Curve, more: Sequence[int]) -> list[int]:
         """The points that are tried: `more`, and evenly spaced ones that no other beats, both ends included."""
-        best = front(np.asarray(curve.nbytes, dtype=np.float64), self.damages(curve))
-        at = np.unique(np.linspace(0, len(best) - 1, min(self.levels, len(best))).round().astype(int))
-        return sorted({*best[at].tolist(), *more}, key=lambda i: (curve.nbytes[i], -curve.errors[i]))
+        best = self._front(curve)
+        at = np.unique(np.linspace(0, len(best) - 1, min(self.levels, len(best))).round().astype(int)).tolist()
+        return sorted({*(best[i] for i in at), *more}, key=lambda i: (curve.nbytes[i], -curve.errors[i]))
 
 
 class Journal:
