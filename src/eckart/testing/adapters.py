@@ -24,6 +24,7 @@ from eckart.registry import entries, find
 
 SMALL: dict[str, dict[str, Any]] = {
     "compacter": {"terms": 2, "reduction": 4},
+    "compress_then_prompt": {"tokens": 4},
     "increlora": {"rank": 2, "warmup": 1, "every": 1, "top": 20},
 }
 """Settings for small layers, where a method needs others than `rank=4`."""
