@@ -31,10 +31,21 @@ def test_the_norm_is_a_constant_for_the_gradient() -> None:
     assert all(near(s.grad, f) for s, f in zip(update.inner.sides, found, strict=True))
 
 
+def drawn_conv(out: int, into: int, side: int) -> nn.Conv2d:
+    """A convolution of drawn weights, the same in every run."""
+    conv = nn.Conv2d(into, out, side)
+    for p in conv.parameters():
+        p.data.copy_(0.1 * gaussian(*p.shape, seed=5))
+    return conv
+
+
 def test_new_lengths_and_a_new_direction_are_found_together() -> None:
-    base = nn.Conv2d(8, 8, 3)
+    base = drawn_conv(8, 8, 3)
     terms = [torch.linalg.qr(gaussian(n, 2, seed=n + k)).Q for k, n in enumerate((8, 8, 3, 3))]
     lengths = 1 + 0.5 * gaussian(8, 1).abs()
     target = lengths * (base.weight.detach().flatten(1) + cp_dense(terms).flatten(1))
-    both = fitted(lone("cp_dora", base, rank=2, alpha=2.0), target, steps=300, lr=0.05)
-    assert both < 1e-3 < 0.1 < fitted(lone("cp_lora", base, rank=2, alpha=2.0), target, steps=300, lr=0.05)
+
+    def best(key: str) -> float:  # sums of rank-one terms have local optima: of three starts
+        return min(fitted(lone(key, base, rank=2, alpha=2.0, seed=s), target, steps=300, lr=0.05) for s in range(3))
+
+    assert best("cp_dora") < 1e-3 < 0.1 < best("cp_lora")
