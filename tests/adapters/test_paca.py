@@ -120,7 +120,7 @@ def test_other_layers_are_handled(module: nn.Module) -> None:
 
 def test_features_are_selected_once_each_and_by_norm_where_that_is_asked() -> None:
     module = nn.Linear(IN, OUT)
-    module.weight.data *= torch.arange(1, IN + 1)
+    module.weight.data.copy_(torch.arange(1.0, IN + 1).expand(OUT, IN))
     chosen = {s: on_a_layer(module, selection=s).updates["default"].indices.tolist() for s in ("random", "largest", "smallest")}  # fmt: skip # noqa: E501
     assert len(set(chosen["random"])) == RANK
     assert chosen["largest"] == list(range(IN - RANK, IN))
