@@ -8,8 +8,10 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,3 +223,16 @@ def _changes(event: str, args: tuple[Any, ...], watched: str) -> bool:
     if event in ("os.remove", "os.rmdir"):  # rmtree names what it removes from within its folder
         return str(args[0]).startswith(watched) or args[1] != -1
     return False
+
+
+def two_processes(work: Callable[..., None], folder: Path) -> None:
+    """Run `work(rank, port, folder)` for ranks 0 and 1, each in a process of its own, and see both end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [forks().Process(target=work, args=(rank, port, str(folder))) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0]

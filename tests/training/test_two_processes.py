@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +40,7 @@ def work(rank: int, port: int, folder: str) -> None:
 
 
 def test_both_processes_end_with_the_same_model(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = tiny.forks()
-    workers = [context.Process(target=work, args=(rank, port, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    tiny.two_processes(work, tmp_path)
     for key in METHODS:
         one, two = (torch.load(tmp_path / f"{key}-{rank}", weights_only=True) for rank in range(2))
         assert one.keys() == two.keys()

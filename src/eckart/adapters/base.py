@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -86,11 +87,12 @@ class Update(nn.Module):
         super()._load_from_state_dict(state, prefix, *rest)
 
 
-class FactoredUpdate(Update):
+class FactoredUpdate(Update, ABC):
     """A product of two matrices, applied one after the other. A subclass gives `factors`."""
 
+    @abstractmethod
     def factors(self, host: Host) -> tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]:
-        raise NotImplementedError
+        """The two matrices."""
 
     def delta(self, host: Host) -> Float[Tensor, "out in"]:
         left, right = self.factors(host)
@@ -102,7 +104,7 @@ class FactoredUpdate(Update):
 
 
 @dataclass
-class Adapter(PeftConfig):
+class Adapter(PeftConfig, ABC):
     """Settings that all adapters have; a method adds its own and says what it puts on a layer.
 
     Attributes:
@@ -153,9 +155,9 @@ class Adapter(PeftConfig):
     def check(self) -> None:
         """Raises `ValueError` where a setting does not do."""
 
+    @abstractmethod
     def update(self, site: Site) -> Update:
         """What is put on a layer. Raises `ValueError` where it does not fit there."""
-        raise NotImplementedError(f"{type(self).__name__} puts nothing on a layer")
 
     def collect(self, model: nn.Module, names: list[str], data: list[Any]) -> dict[str, Any]:
         """layer -> what `update` needs to know of it, found on data before the adapter is there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +15,15 @@ from eckart.adapters.base import Update
 from eckart.adapters.host import Host
 
 
-class Regenerated(Update):
+class Regenerated(Update, ABC):
     """An update whose matrix is a function of few numbers. A subclass gives `made`.
 
     Between the passes only the layer's input and the trained tensors are kept: no tensor (out, in).
     """
 
+    @abstractmethod
     def made(self, *trained: Tensor) -> Float[Tensor, "out in"]:
         """The matrix, from the trained tensors in the order of `parameters`."""
-        raise NotImplementedError
 
     def delta(self, host: Host) -> Float[Tensor, "out in"]:
         return self.made(*self.parameters())
