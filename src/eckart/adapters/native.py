@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from eckart.schedules import Schedule
 
 
 @dataclass(frozen=True)
-class Native(ABC):
+class Native:
     """Settings of a method of PEFT's own, under the names that this library uses.
 
     Attributes:
@@ -46,15 +45,15 @@ class Native(ABC):
             raise ValueError(f"{self.key}(dropout={self.dropout!r}): it is a share from 0, below 1")
         self.check()
 
-    def check(self) -> None:  # noqa: B027
+    def check(self) -> None:
         """Raises `ValueError` where a setting does not do."""
 
-    def fits(self, name: str, module: nn.Module, shape: tuple[int, int]) -> None:  # noqa: B027
+    def fits(self, name: str, module: nn.Module, shape: tuple[int, int]) -> None:
         """Raises `ValueError` where a layer, whose matrix has the shape (out, in), cannot carry the adapter."""
 
-    @abstractmethod
     def config(self) -> PeftConfig:
         """PEFT's settings."""
+        raise NotImplementedError(f"{type(self).__name__} sets up nothing")
 
     def put(self, model: nn.Module, data: list[Any] | None, adapter_name: str) -> Any:
         """The model with the adapter, started from data where the method does that.
