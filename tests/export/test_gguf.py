@@ -203,3 +203,14 @@ def test_a_bias_that_the_model_did_not_have_is_refused(tmp_path: Path) -> None:
     made.factor(model, "low_rank(rank=4)", ("up_proj",))
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.bias has shape \(48,\).*no such tensor"):
         export(made.save(model, tmp_path / "m"), "gguf", tmp_path / "out")
+
+
+def test_codes_of_a_layer_that_rounds_its_inputs_are_kept_and_that_is_said(tmp_path: Path) -> None:
+    model = made.factor(tiny.build("llama"), f"quantized_inputs(matrix={FOUR})", ("up_proj",))
+    folder = made.save(model, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"up_proj: quantized_inputs.* rounds its inputs, which llama.cpp does in its"):
+        export(folder, "gguf", tmp_path / "strict", strict=True)
+    found = export(folder, "gguf", tmp_path / "out")
+    said = {text for name, text in found.layers.items() if name.endswith("up_proj")}
+    assert said
+    assert all(text.startswith("Q4_0, its inputs not rounded as they were") for text in said)

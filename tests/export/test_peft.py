@@ -104,3 +104,15 @@ def test_a_model_without_low_rank_terms_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing is factored"):
         export(plain, "peft", tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "plain"], "a refused export left something behind"
+
+
+def test_thin_factors_that_round_their_inputs_stay_in_the_base() -> None:
+    rounding = "quantized_inputs(matrix=dense())"
+    form = f"quantized(bits=4) + low_rank(rank=2) + low_rank(rank=3, factors={rounding})"
+    model = made.factor(tiny.build("llama"), form, ("up_proj",))
+    found, _ = splits(model)
+    assert {parts.rank for parts in found.values()} == {2}
+    layer = next(iter(found))
+    whole, parts = model.get_submodule(layer).matrix, found[layer]
+    x = torch.randn(4, whole.shape[1])
+    assert torch.allclose(parts.rest(x) + x @ parts.right.T @ parts.left.T, whole(x), atol=1e-5)

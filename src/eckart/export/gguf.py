@@ -23,6 +23,7 @@ from eckart.export.vocabulary import NoVocabulary, add_vocabulary
 from eckart.forms.base import Factored
 from eckart.forms.layers import DropIn, FactoredEmbedding
 from eckart.forms.quantized import QuantizedMatrix
+from eckart.forms.quantized_inputs import QuantizedInputsMatrix
 from eckart.forms.splits import Split, split
 from eckart.forms.stand_ins import StandIn
 
@@ -143,8 +144,13 @@ def hold(layer: str, module: nn.Module, value: Tensor | Factored, strict: bool) 
     if isinstance(value, Tensor):
         kind = Type.F32 if value.dim() == 1 else PLAIN[value.dtype]
         return Held(kind, numbers(value, kind), "" if value.dim() == 1 else kind.name)
+    if not value.exact and strict:
+        raise ValueError(f"{layer}: {value.form} rounds its inputs, which llama.cpp does in its own way. Export without strict to store the weights alone")  # fmt: skip # noqa: E501
+    inputs = "" if value.exact else ", its inputs not rounded as they were"
     parts = split(value) if isinstance(module, nn.Linear) else None
     base = parts.rest if parts is not None else value
+    if isinstance(base, QuantizedInputsMatrix):
+        base = base.matrix
     extra = getattr(module, "bias", None) if isinstance(module, FactoredEmbedding) else None
     try:
         if not isinstance(base, QuantizedMatrix) or extra is not None:
@@ -158,8 +164,10 @@ def hold(layer: str, module: nn.Module, value: Tensor | Factored, strict: bool) 
         dense = copy.deepcopy(value).float().dense().detach()
         dense = dense if extra is None else dense + extra.detach().float()
         kind = Type.F16 if bool(dense.half().isfinite().all()) else Type.F32
-        return Held(kind, numbers(dense, kind), f"{kind.name}, dequantised: no type holds {value.form}, for {e}")
-    text = blocks.type.name
+        return Held(
+            kind, numbers(dense, kind), f"{kind.name}, dequantised{inputs}: no type holds {value.form}, for {e}"
+        )
+    text = blocks.type.name + inputs
     if blocks.rounded:
         text += f", scales rounded to float16 (relative error up to {blocks.rounded:.1e})"
     return Held(blocks.type, blocks.data, text + (f", with a LoRA of rank {parts.rank}" if parts else ""), parts)

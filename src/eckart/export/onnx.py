@@ -22,6 +22,7 @@ from eckart.forms.base import Factored
 from eckart.forms.densifying import densify
 from eckart.forms.layers import DropIn
 from eckart.forms.quantized import QuantizedMatrix
+from eckart.remarks import noting
 
 MODEL = "model.onnx"
 PACKAGES = ("onnx", "onnxscript")
@@ -53,8 +54,9 @@ def write(model: Any, source: Path, out: Path, strict: bool = False) -> Written:
     for name, why in inexpressible(model).items():
         if strict:
             raise ValueError(f"{name} cannot be written as ONNX in its form {forms[name]}: torch.export says: {why}. Choose another form for it, or export without strict, which stores it dense")  # fmt: skip # noqa: E501
-        model.set_submodule(name, densify(nn.ModuleDict({"layer": model.get_submodule(name)}))["layer"])
-        forms[name] = f"dense: torch cannot export {forms[name]}"
+        with noting() as said:
+            model.set_submodule(name, densify(nn.ModuleDict({"layer": model.get_submodule(name)}))["layer"])
+        forms[name] = f"dense{', its inputs not rounded' if said.text else ''}: torch cannot export {forms[name]}"
     inputs = {name: torch.ones(2, 3, dtype=torch.long) for name in INPUTS}  # one tensor for both would be one input
     try:
         program = exported(Whole(model), inputs)

@@ -9,14 +9,24 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eckart.forms.layers import DropIn, FactoredEmbedding
+from eckart.remarks import remark
+
+
+class RoundingLost(UserWarning):
+    """A layer that rounded its inputs became one that does not."""
 
 
 def densify(model: Any) -> Any:
-    """Replace every factored layer of `model` by an ordinary dense one, in place, and return the model."""
+    """Replace every factored layer of `model` by an ordinary dense one, in place, and return the model.
+
+    Warns `RoundingLost` where a layer rounded its inputs (`quantized_inputs`), as no ordinary layer does.
+    """
     described: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     for name, module in list(model.named_modules()):
         if not isinstance(module, DropIn):
             continue
+        if not module.matrix.exact:
+            remark(f"{name}: {module.matrix.form} rounds its inputs, and the dense layer in its place does not", RoundingLost)  # fmt: skip # noqa: E501
         formed: Any = module.weight
         weight = formed.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
         bias = None if module.bias is None else module.bias.detach().clone()

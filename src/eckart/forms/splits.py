@@ -28,14 +28,17 @@ class Split(NamedTuple):
 
 
 def split(matrix: Factored) -> Split | None:
-    """A sum without its products that are thin inside, and these as one; None where one of the two would be empty."""
+    """A sum without its products that are thin inside, and these as one; None where one of the two would be empty.
+
+    A product that rounds its inputs stays in the sum: an adapter's factors do not.
+    """
     if not isinstance(matrix, SumMatrix):
         return None
     thin: list[ProductMatrix] = []
     others: list[Factored] = []
     for term in matrix.terms:
         assert isinstance(term, Factored)
-        if isinstance(term, ProductMatrix) and term.left.shape[1] < min(term.shape):
+        if isinstance(term, ProductMatrix) and term.exact and term.left.shape[1] < min(term.shape):
             thin.append(term)
         else:
             others.append(term)
