@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toys
-from torch import nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 import tiny
 from eckart.testing import gaussian
 from eckart.training import structure
 from eckart.training.base import generator_of
+from eckart.training.lorentz import Lorentz, LorentzLinear
 from eckart.training.sst import SST, SpectralMatrix, spectral_product
 
 OUT, IN, RANK = 9, 7, 2
@@ -233,3 +235,211 @@ def test_refusals() -> None:
         structure(model, "sst", rank=RANK)
     with pytest.raises(ValueError, match="give it, begin"):
         layer()[1].begin()
+
+
+K = 0.5
+
+
+class TreeConfig(PreTrainedConfig):
+    model_type = "hyperbolic_tree"
+
+    def __init__(self, scale: float | None = 4.0, width: int = 12, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.scale, self.width = scale, width
+
+
+class Tree(PreTrainedModel):
+    """Fixed features of the 15 nodes of a binary tree, and two hyperbolic layers that are to lay them out as in it."""
+
+    config_class = TreeConfig
+
+    def __init__(self, config: TreeConfig):
+        super().__init__(config)
+        self.nodes = nn.Embedding(15, 7).requires_grad_(False)
+        options: dict[str, Any] = {"curvature": K, "scale": config.scale}
+        self.layers = nn.ModuleList([LorentzLinear(8, config.width, **options), LorentzLinear(config.width, 6, **options)])  # fmt: skip # noqa: E501
+        self.post_init()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = Lorentz(K).exp0(self.nodes(ids))
+        for hyperbolic in self.layers:
+            x = hyperbolic(x)
+        return x
+
+
+IDS = torch.arange(15)
+LAYERS = ["layers.0.linear", "layers.1.linear"]
+
+
+def tree(scale: float | None = 4.0, seed: int = 0) -> Tree:
+    torch.manual_seed(seed)
+    model = Tree(TreeConfig(scale))
+    with torch.no_grad():
+        for hyperbolic in model.layers:
+            hyperbolic.linear.reset_parameters()
+        model.nodes.weight.normal_(std=0.3)
+    return model
+
+
+def in_the_tree(a: int, b: int) -> int:
+    """How many edges apart two nodes are, counted from 1 by rows."""
+    return 0 if a == b else 1 + (in_the_tree(a // 2, b) if a > b else in_the_tree(a, b // 2))
+
+
+WANTED = torch.tensor([[float(in_the_tree(a, b)) for b in range(1, 16)] for a in range(1, 16)])
+
+
+def strain(x: Tensor) -> Tensor:
+    return F.mse_loss(Lorentz(K).distance(x[:, None], x), WANTED)
+
+
+def embed(
+    model: Tree, schedule: Any, steps: int, *, start: int = 0, total: int | None = None,
+    optimizer: torch.optim.Optimizer | None = None, watch: Callable[[Tensor], None] = lambda x: None,
+) -> torch.optim.Optimizer:  # fmt: skip
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=2e-2)
+    if schedule is not None:
+        schedule.begin(optimizer, total or steps)
+    for _ in range(start, steps):
+        x = model(IDS)
+        watch(x.detach())
+        strain(x).backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("scale", [4.0, None])
+def test_hyperbolic_layers_start_exact_and_are_taken_by_their_linear_map(scale: float | None) -> None:
+    model = tree(scale)
+    wanted = model(IDS).detach()
+    schedule: Any = structure(model, "sst", rank=RANK)
+    assert schedule.names == LAYERS
+    assert all(type(h) is LorentzLinear for h in model.layers)
+    torch.testing.assert_close(model(IDS), wanted, rtol=1e-5, atol=1e-5)
+    for name in LAYERS:
+        m = matrix(model, name)
+        m.activate(torch.tensor([3, 1]))
+        torch.testing.assert_close(model(IDS), wanted, rtol=1e-5, atol=1e-5)
+        m.decompose_again()
+    torch.testing.assert_close(model(IDS), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [4.0, None])
+def test_with_all_pairs_a_hyperbolic_layer_learns_what_its_matrix_would(scale: float | None) -> None:
+    """s and the vectors have the gradients that the matrix G has along them, and from all vectors G can be had."""
+    full, model, few = tree(scale).double(), tree(scale).double(), tree(scale).double()
+    structure(model, "sst", layers="layers.0.linear", rank=8)
+    structure(few, "sst", layers="layers.0.linear", rank=3)
+    for network in (full, model, few):
+        (network(IDS) * gaussian(15, 6, seed=3, dtype=torch.float64)).sum().backward()
+    first: Any = full.layers[0]
+    G, m, part = first.linear.weight.grad, matrix(model, LAYERS[0]), matrix(few, LAYERS[0])
+    U, V = (t.detach() for t in m.vectors())
+    close = {"rtol": 1e-8, "atol": 1e-9}
+    assert m.frozen_u.numel() == 0
+    for found in (m, part):
+        pairs = found.order[: found.rank]
+        torch.testing.assert_close(found.s.grad, torch.einsum("ok,oi,ki->k", U, G, V), **close)
+        torch.testing.assert_close(found.u.grad, (G @ V.T)[:, pairs], **close)
+        torch.testing.assert_close(found.v.grad, (U.T @ G)[pairs], **close)
+    torch.testing.assert_close(m.u.grad @ V, G, **close)
+    own = dict(model.named_parameters())
+    others = [n for n, _ in full.named_parameters() if n != "layers.0.linear.weight"]
+    assert ("layers.0.log_scale" in others) == (scale is not None)
+    for name in others:
+        torch.testing.assert_close(own[name].grad, dict(full.named_parameters())[name].grad, **close)
+
+
+@pytest.mark.parametrize("scale", [4.0, None])
+def test_a_tree_is_embedded_and_all_stays_on_the_hyperboloid(scale: float | None) -> None:
+    model, frozen = tree(scale), tree(scale)
+    start = strain(model(IDS)).item()
+    schedule = structure(model, "sst", rank=RANK, every=5, warmup=2)
+    embed(model, schedule, 150, watch=on_the_hyperboloid)
+    loss = strain(model(IDS)).item()
+    for hyperbolic in frozen.layers:
+        hyperbolic.linear.weight.requires_grad_(False)
+    embed(frozen, None, 150)
+    assert loss < 0.2 * start
+    assert loss < 0.5 * strain(frozen(IDS)).item()
+    schedule.finish()
+    assert [type(h.linear) for h in model.layers] == [nn.Linear] * 2
+    assert strain(model(IDS)).item() == pytest.approx(loss, rel=1e-3)
+
+
+def on_the_hyperboloid(x: Tensor) -> None:
+    assert bool((x[:, 0] > 0).all())
+    torch.testing.assert_close(Lorentz(K).inner(x, x) / x[:, 0] ** 2, -1 / K / x[:, 0] ** 2, rtol=0, atol=1e-6)
+
+
+def test_swaps_and_decompositions_of_a_hyperbolic_layer() -> None:
+    model = tree()
+    schedule: Any = structure(model, "sst", layers="layers.0.linear", rank=RANK, every=2, warmup=0)
+    m = matrix(model, LAYERS[0])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    schedule.begin(optimizer)
+    for step in range(1, 9):
+        frozen = m.order[RANK:].tolist()
+        before = [t.detach().clone() for t in m.vectors()]
+        strain(model(IDS)).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        U, V = m.vectors()
+        if step < 8:
+            assert torch.equal(U[:, frozen], before[0][:, frozen])
+            assert torch.equal(V[frozen], before[1][frozen])
+        assert (m.u in optimizer.state) == (m.v in optimizer.state) == (step % 2 != 0)
+        assert (m.s in optimizer.state) == (step < 8)  # four iterations of two steps are a round
+        assert model.layers[0].log_scale in optimizer.state
+    U, V = m.vectors()
+    for gram in (U.T @ U, V @ V.T):
+        torch.testing.assert_close(gram, torch.eye(8), rtol=0, atol=1e-5)
+
+
+def test_a_hyperbolic_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"rank": 3, "every": 3, "warmup": 2}
+    whole = tree()
+    embed(whole, structure(whole, "sst", **options), 14)
+    cut = tree()
+    schedule = structure(cut, "sst", **options)
+    optimizer = embed(cut, schedule, 8, total=14)
+    saved = {"model": cut.state_dict(), "schedule": schedule.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(saved, tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    again = tree(seed=7)
+    second = structure(again, "sst", **options)
+    again.load_state_dict(saved["model"])
+    second.load_state_dict(saved["schedule"])
+    other = torch.optim.Adam(again.parameters(), lr=1e-4)
+    other.load_state_dict(saved["optimizer"])
+    embed(again, second, 14, start=8, optimizer=other)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_a_hyperbolic_model_is_saved_and_loaded(keep: float, tmp_path: Path) -> None:
+    model = tree()
+    schedule = structure(model, "sst", rank=3, every=3, keep=keep)
+    embed(model, schedule, 10)
+    schedule.finish()
+    wanted = model(IDS).detach()
+    on_the_hyperboloid(wanted)
+    model.save_pretrained(tmp_path)
+    again = Tree.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS), wanted)
+    factored = [type(h.linear) is not nn.Linear for h in again.layers]
+    assert any(factored) == (keep < 1)
+
+
+def test_refusals_of_hyperbolic_layers_name_them() -> None:
+    with pytest.raises(ValueError, match=r"layers.1.linear: sst\(rank=7\) does not fit.*at most 6"):
+        structure(tree(), "sst", rank=7)
+    model = tree()
+    model.layers[0].linear.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"the weight of layers\.0\.linear"):
+        structure(model, "sst", rank=2)

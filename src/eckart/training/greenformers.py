@@ -32,7 +32,8 @@ class Greenformers(Born):
     A layer whose rank would be 0, or not below break-even, stays as it is and is told. Departures: random factors are
     only had by asking for them, as they throw away the weight, and make outputs as large as it does; both factors of an
     SVD share its values evenly; a grouped convolution keeps its groups in both, each of rank r / groups. The thesis'
-    other half, attention that projects the sequence (Linformer), is no structure of a weight and is not here.
+    other half, attention that projects the sequence (Linformer), is no structure of a weight: it is
+    `eckart.training.use_linformer`, which goes together with this.
 
     Args:
         rank: r; a whole number from 1 on is the rank itself, a share below 1 that of the break-even rank, the lower

@@ -156,8 +156,10 @@ class SST(TrainingMethod):
 
     The start is exact. Pairs are sampled in proportion to their values; after about k / r iterations the matrix is
     decomposed again. Gradients and optimiser state are those of r pairs and all values, but U and V together take
-    (out + in) min(out, in) numbers, which is twice a square matrix. The optimiser forgets what a swap changes. The
-    hyperbolic variant is left out.
+    (out + in) min(out, in) numbers, which is twice a square matrix. The optimiser forgets what a swap changes.
+
+    In a hyperbolic network it is the `linear` within every `LorentzLinear` that is decomposed, gate and all; the way
+    from there onto the hyperboloid stays as it is, so outputs are points at every step.
 
     Args:
         rank: r, how many pairs are trained at a time.
