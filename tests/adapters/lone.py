@@ -38,7 +38,7 @@ def learning(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def fitted(layer: Any, target: Float[Tensor, "out in"], steps: int = 400, lr: float = 0.05) -> float:

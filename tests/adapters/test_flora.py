@@ -86,5 +86,5 @@ def test_ranks_that_no_side_can_have_are_refused() -> None:
         lone("flora", gaussian(8, 8), ranks=[2, 0])
     with pytest.raises(ValueError, match="conv_scale=0"):
         lone("flora", gaussian(8, 8), conv_scale=0)
-    with pytest.raises(ValueError, match="grouped convolution"):
-        lone("flora", nn.Conv2d(6, 6, 3, groups=6))
+    with pytest.raises(ValueError, match=r"0: rank 2 is more than a side of 1.*\[6, 1, 3, 3\]; lower it, give one"):
+        lone("flora", nn.Conv2d(6, 6, 3, groups=6), rank=2)

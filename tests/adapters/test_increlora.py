@@ -134,17 +134,25 @@ def _last(own: dict[str, Tensor], before: Tensor) -> Tensor:
     return (own["exp_avg"] - 0.9 * before) / 0.1
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv"])
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "conv": {"stride": 2, "padding": 1},
+    "circular": {"padding": 1, "padding_mode": "circular"},
+    "same": {"padding": "same", "dilation": 2},
+    "grouped": {"padding": 1, "groups": 2},
+}
+
+
+@pytest.mark.parametrize("kind", ["linear", *CONVOLUTIONS])
 def test_the_score_is_that_of_the_dense_gradient(kind: str) -> None:
     torch.manual_seed(0)
-    base = nn.Linear(12, 10) if kind == "linear" else nn.Conv2d(3, 10, 2, stride=2, padding=1)
+    base = nn.Linear(12, 10) if kind == "linear" else nn.Conv2d(4, 10, 2, **CONVOLUTIONS[kind])
     layer = lone("increlora", base, rank=3, initial_rank=3)
     update = update_of(layer)
     for e in update.E:
         e.data.normal_()
     update.watched = True
     layer.train()
-    inputs = [torch.randn(2, 5, 12) if kind == "linear" else torch.randn(2, 3, 6, 6) for _ in range(2)]
+    inputs = [torch.randn(2, 5, 12) if kind == "linear" else torch.randn(2, 4, 6, 6) for _ in range(2)]
     expected = 0.0
     for x in inputs:
         target = torch.randn_like(layer(x))

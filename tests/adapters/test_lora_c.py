@@ -65,5 +65,5 @@ def test_bad_settings_are_refused() -> None:
         lone("lora_c", nn.Conv2d(6, 8, 3), unfolding="rows")
     with pytest.raises(ValueError, match="0: rank 9 is more"):
         lone("lora_c", nn.Conv2d(6, 8, 3), rank=9)
-    with pytest.raises(ValueError, match="grouped"):
-        lone("lora_c", nn.Conv2d(6, 6, 3, groups=3))
+    with pytest.raises(ValueError, match="0 is a transposed convolution"):
+        lone("lora_c", nn.ConvTranspose2d(6, 6, 3))

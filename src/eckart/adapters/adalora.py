@@ -53,6 +53,8 @@ class AdaLora(Native):
     beta2: float = 0.85
 
     of: ClassVar[type[PeftConfig]] = AdaLoraConfig
+    sits_on: ClassVar[tuple[type[nn.Module], ...]] = (nn.Conv2d,)
+    follows: ClassVar[tuple[str, ...]] = ("dilation",)
 
     def check(self) -> None:
         check_whole(self, rank=1, every=1)

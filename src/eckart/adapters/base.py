@@ -100,7 +100,7 @@ class FactoredUpdate(Update, ABC):
 
     def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
         left, right = self.factors(host)
-        return host.mix(host.apply(x, right.to(x.dtype)), left.to(x.dtype))
+        return host.up(host.down(x, right.to(x.dtype)), left.to(x.dtype))
 
 
 @dataclass

@@ -34,8 +34,8 @@ class Blocks(FactoredUpdate):
     def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
         if not (self.training and self.block_dropout):
             return super().forward(x, y0, host)
-        h = host.apply(x, self.A.to(x.dtype))
-        each = [host.mix(F.dropout(h, self.block_dropout), B.to(x.dtype)) for B in self.B]
+        h = host.down(x, self.A.to(x.dtype))
+        each = [host.up(F.dropout(h, self.block_dropout), B.to(x.dtype)) for B in self.B]
         return self.scale * torch.stack(each).sum(0)
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from eckart.adapters.base import Adapter, Update
 from eckart.adapters.host import Host, Shared, Site, seeded
+from eckart.adapters.kinds import carries, matrix_shape
 from eckart.adapters.layer import AdapterLayer
 from eckart.adapters.matching import targets
 from eckart.adapters.tuner import adapter
-from eckart.forms.layers import kind_of, matrix_shape
 
 RULES = "rules"
 """Name of the (n, n, n) matrices of all layers."""
@@ -62,10 +62,10 @@ class Bottleneck(Update):
 
     def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
         rules = self.of_all[0].get(RULES)
-        h = y0 if host.conv is None else y0.movedim(1, -1)
+        h = y0.movedim(host.channels, -1)
         h = F.dropout(h.to(x.dtype), self.dropout, self.training and self.dropout > 0)
         h = self.up(F.gelu(self.down(h, rules), approximate="tanh"), rules)
-        return h if host.conv is None else h.movedim(-1, 1)
+        return h.movedim(-1, host.channels)
 
 
 @adapter("compacter", family="inserted modules", paper="Compacter, Karimi Mahabadi et al., NeurIPS 2021, arXiv 2106.04647")  # fmt: skip # noqa: E501
@@ -99,7 +99,7 @@ class Compacter(Adapter):
     def prepare(self, model: nn.Module) -> None:
         for name in targets(model, self):
             module = model.get_submodule(name)
-            if isinstance(module, AdapterLayer) or kind_of(module) is not None:
+            if isinstance(module, AdapterLayer) or carries(module):
                 self.narrow(name, module.host.out if isinstance(module, AdapterLayer) else matrix_shape(module)[0])
         if self.norms:
             self.modules_to_save = [*(self.modules_to_save or []), *norms_of(model)]

@@ -53,8 +53,6 @@ class Corda(Native):
             raise ValueError(f"corda(alpha={self.alpha!r}): it is a number above 0, or 0 for the rank")
 
     def fits(self, name: str, module: nn.Module, shape: tuple[int, int]) -> None:
-        if isinstance(module, nn.Conv2d):
-            raise ValueError(f"{name} is a convolution, which CorDA cannot start: leave it out with exclude_modules")
         if isinstance(module, DropIn) or not getattr(module, "weight", torch.empty(0)).is_floating_point():
             raise ValueError(f"{name} is factored or quantised, and CorDA takes a part out of the weight: call eckart.densify(model) first, or leave the layer out")  # fmt: skip # noqa: E501
         if self.rank > min(shape):

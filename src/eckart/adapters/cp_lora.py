@@ -15,8 +15,9 @@ from eckart.adapters.tuner import adapter
 class CPLoRA(KernelAdapter):
     """W[o, i, y, x] + (alpha / r) sum over q of a[o, q] b[i, q] c[y, q] d[x, q]: r (O + I + h + w) numbers.
 
-    Sides of a kernel that are 1 have no factor, so on 1 x 1 convolutions and linear layers it is LoRA. The rank may be
-    larger than a side of the kernel: the paper found such updates the best.
+    Kernels have one to three sides, and I is that of one group. Sides that are 1 have no factor, so on 1 x 1
+    convolutions and linear layers it is LoRA. The rank may be larger than a side of the kernel: the paper found such
+    updates the best.
     """
 
     def update(self, site: Site) -> Update:

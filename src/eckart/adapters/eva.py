@@ -65,8 +65,6 @@ class Eva(Native):
         return round(self.rank * self.spread)
 
     def fits(self, name: str, module: nn.Module, shape: tuple[int, int]) -> None:
-        if isinstance(module, nn.Conv2d):
-            raise ValueError(f"{name} is a convolution, which EVA cannot start: leave it out with exclude_modules")
         if self.rank > min(shape):
             raise ValueError(f"{name}: rank {self.rank} is more than a matrix of shape {shape} can have: lower it to {min(shape)} or leave the layer out")  # fmt: skip # noqa: E501
         if self.directions > shape[1]:

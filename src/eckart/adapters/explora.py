@@ -15,7 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from eckart.adapters.matching import inner
-from eckart.adapters.native import Native, put
+from eckart.adapters.native import BESIDE, Native, put
 from eckart.calibration.stream import Batch
 from eckart.calibration.subject import block_names
 from eckart.forms.layers import kind_of
@@ -56,6 +56,7 @@ class ExPLoRA(Native):
     class_token: bool = True
 
     of: ClassVar[type[PeftConfig]] = LoraConfig
+    sits_on: ClassVar[tuple[type[nn.Module], ...]] = BESIDE
 
     def check(self) -> None:
         check_whole(self, rank=1)

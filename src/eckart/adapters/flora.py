@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eckart.adapters.base import Adapter, FactoredUpdate
 from eckart.adapters.host import Host, Site
-from eckart.adapters.kernels import convolved, sides_of
+from eckart.adapters.kernels import sides_of
 from eckart.adapters.tuner import adapter
 
 
@@ -42,8 +42,8 @@ class Tucker(FactoredUpdate):
         return self.scale * self.U[0], right.movedim(-1, 1).flatten(1)
 
     def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
-        h = convolved(host, host.mix(x, self.U[1].T.to(x.dtype)), self.kernel().to(x.dtype))
-        return host.mix(h, self.scale * self.U[0].to(x.dtype))
+        h = host.slid(host.mix(x, self.U[1].T.to(x.dtype)), self.kernel().to(x.dtype))
+        return host.up(h, self.scale * self.U[0].to(x.dtype))
 
 
 @adapter("flora", family="convolutions", paper="FLoRA, Si et al., ICLR 2025, arXiv 2405.14739")
@@ -51,7 +51,7 @@ class Tucker(FactoredUpdate):
 class FLoRA(Adapter):
     """W + s G x_1 U_out x_2 U_in x_3 U_height x_4 U_width; on linear layers W + s U_out G U_inᵀ.
 
-    Sides of a kernel that are 1 have no factor.
+    Kernels have one to three sides, of which those that are 1 have no factor; `in` is that of one group.
 
     Args:
         rank: of out and in.
@@ -80,6 +80,6 @@ class FLoRA(Adapter):
             raise ValueError(f"{site.name}: ranks={ranks} are {len(ranks)}, but its weight has the sides {sides}: give one for each, or target other layers")  # fmt: skip # noqa: E501
         for side, rank in zip(sides, ranks, strict=True):
             if rank > side:
-                raise ValueError(f"{site.name}: rank {rank} is more than a side of {side} can have: its weight has the sides {sides}")  # fmt: skip # noqa: E501
+                raise ValueError(f"{site.name}: rank {rank} is more than a side of {side} can have: its weight has the sides {sides}; lower it, give one for each side, ranks=[...], or leave the layer out")  # fmt: skip # noqa: E501
         drawn = [site.normal(d, r, std=math.sqrt(0.5 / r)) for d, r in zip(sides, ranks, strict=True)]
         return Tucker(drawn, self.scale if site.host.conv is None else self.conv_scale)

@@ -63,7 +63,7 @@ class Factors(FactoredUpdate):
 
     def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
         # scaled where it is smallest: neither a scaled factor nor the unscaled product is kept for backward
-        return host.mix(self.scale * host.apply(x, self.A), self.B)
+        return host.up(self.scale * host.down(x, self.A), self.B)
 
 
 def own(tensor: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eckart.adapters.kinds import as_matrix, check_carries
 from eckart.calibration.answers import Answer
 from eckart.calibration.stream import Batch, single_rows
-from eckart.forms.layers import DropIn, kind_of
-from eckart.forms.layout import as_matrix
+from eckart.forms.layers import DropIn
 
 Reduce = Callable[[str, Float[Tensor, "out in"]], Any]
 
@@ -58,7 +58,9 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     module: Any = model.get_submodule(name)
     module = getattr(module, "base_layer", module)  # where another adapter is on it
     weight = getattr(module, "weight", None)
-    if isinstance(module, DropIn) or kind_of(module) not in ("linear", "conv1d", "conv2d") or not isinstance(weight, nn.Parameter):  # fmt: skip # noqa: E501
+    if not isinstance(module, DropIn):
+        check_carries(module, name)
+    if isinstance(module, DropIn) or not isinstance(weight, nn.Parameter):  # fmt: skip
         raise ValueError(f"{name} is a {type(module).__name__}, which has no dense weight to take a gradient at: leave it out, or make the model dense with eckart.densify")  # fmt: skip # noqa: E501
     if not weight.is_floating_point():
         raise ValueError(f"{name} holds {weight.dtype} codes, which have no gradient: start from the model before it was quantised")  # fmt: skip # noqa: E501

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 
 from eckart.adapters.base import FactoredUpdate
 from eckart.adapters.host import Host, Site
@@ -100,13 +99,10 @@ class Growing(FactoredUpdate):
     @torch.no_grad()
     def _watch(self, x: Tensor, g: Tensor, host: Host) -> None:
         """Add sum |D * G| / sqrt(out in) of one backward pass; G is the gradient of the matrix D."""
-        if host.conv is None:
-            G = g.flatten(0, -2).float().T @ x.flatten(0, -2).float()
-        else:
-            c: Any = host.conv
-            shape = (c.out_channels, c.in_channels, *c.kernel_size)
-            G = conv2d_weight(x.float(), shape, g.float(), c.stride, c.padding, c.dilation).flatten(1)
-        found = (self.delta(host).float() * G).abs().sum() / math.sqrt(G.numel())
+        D = self.delta(host).float()
+        _, G = host.pulled_back(x.float(), D, g.float(), to_x=False, to_M=True)
+        assert G is not None
+        found = (D * G).abs().sum() / math.sqrt(G.numel())
         self.sensitivity = found if self.sensitivity is None else self.sensitivity + found
 
     @torch.no_grad()

@@ -13,28 +13,38 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from eckart.forms.layers import kind_of, matrix_of, matrix_shape
-from eckart.forms.layout import as_matrix, laid_out
+from eckart.adapters.kinds import Convolution, as_matrix, check_carries, is_convolution, laid_out, matrix_shape
 from eckart.linalg.whitening import check_finite
+
+SLIDE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+"""By how many sides the kernel has."""
 
 
 class Host:
-    """A frozen linear layer, Conv1D of transformers or convolution.
+    """A frozen linear layer, Conv1D of transformers or convolution of any kind.
+
+    A convolution of g groups holds one matrix with the rows of all its outputs, which see the inputs of their own group
+    alone. What lies between two factors, as `down` makes it, has r channels for every group.
 
     Attributes:
         name: of the layer in the model.
         module: the layer; None after it was let go.
-        shape: (out, in) of its matrix; a kernel is unfolded to (out, in * height * width).
+        shape: (out, in) of its matrix; a kernel is unfolded to (out, in / groups * places).
+        conv: the layer, where it is a convolution.
+        groups: of a convolution; else 1.
+        channels: the axis of inputs and outputs that the matrix acts on.
     """
 
     def __init__(self, module: nn.Module, name: str):
-        if kind_of(module) not in ("linear", "conv1d", "conv2d"):
-            what = "a grouped convolution" if getattr(module, "groups", 1) != 1 else f"a {type(module).__name__}"
-            raise ValueError(f"{name} is {what}, which no adapter of eckart can sit on: target linear layers, Conv1D or convolutions of one group")  # fmt: skip # noqa: E501
+        check_carries(module, name)
         if isinstance(module, NonDynamicallyQuantizableLinear):
             raise ValueError(f"{name} belongs to an nn.MultiheadAttention, which reads its weight and never calls it: an adapter there would do nothing; name it in exclude_modules")  # fmt: skip # noqa: E501
         self.module, self.name = module, name
         self.shape = matrix_shape(module)
+        self.groups, self.channels = 1, -1
+        self._slides = is_convolution(module)
+        if is_convolution(module):
+            self.groups, self.channels = module.groups, -1 - len(module.kernel_size)
         self._before: tuple[Tensor, Tensor | None] | None = None
 
     @property
@@ -47,9 +57,9 @@ class Host:
         return self.shape[1]
 
     @property
-    def conv(self) -> nn.Conv2d | None:
-        """The layer, where it is a convolution."""
-        return self.module if isinstance(self.module, nn.Conv2d) else None
+    def conv(self) -> Convolution | None:
+        module: Any = self.module
+        return module if self._slides else None
 
     @property
     def device(self) -> torch.device:
@@ -59,7 +69,7 @@ class Host:
     def weight(self) -> Float[Tensor, "out in"]:
         """A copy of the frozen matrix in float32, as it was before any merge. Raises `ValueError` on NaN."""
         module: Any = self.module
-        W = matrix_of(module).detach() if self._before is None else as_matrix(module, self._before[0])
+        W = as_matrix(module, module.weight.detach() if self._before is None else self._before[0])
         check_finite(W, f"the weight of {self.name}")
         return W.to(torch.float32, copy=True)
 
@@ -68,12 +78,69 @@ class Host:
         bias = getattr(self.module, "bias", None) if self._before is None else self._before[1]
         return None if bias is None else bias.detach().float()
 
-    def apply(self, x: Tensor, M: Float[Tensor, "rows in"]) -> Tensor:
-        """A matrix in the place of the layer's own: of `in` columns, with any number of rows; no bias."""
+    def apply(self, x: Tensor, M: Float[Tensor, "out in"]) -> Tensor:
+        """A matrix in the place of the layer's own; no bias."""
         if self.conv is None:
             return F.linear(x, M)
-        kernel = M.view(M.shape[0], self.conv.in_channels, *self.conv.kernel_size)
-        return self.conv._conv_forward(x, kernel, None)
+        if self.groups > 1 and len(M) != self.out:
+            raise ValueError(f"{self.name} is a grouped convolution, where a matrix of {len(M)} rows cannot take the place of its own, of {self.out}: let `down` apply the thin factor, and `up` the other")  # fmt: skip # noqa: E501
+        return self._slid(x, laid_out(self.conv, M), self.groups)
+
+    def down(self, x: Tensor, A: Float[Tensor, "r in"]) -> Tensor:
+        """What r rows in the layer's place make of x: r channels for every group; no bias."""
+        if self.conv is None:
+            return F.linear(x, A)
+        return self.slid(x, laid_out(self.conv, A))
+
+    def up(self, h: Tensor, B: Float[Tensor, "out r"]) -> Tensor:
+        """The layer's outputs from what `down` made: from r channels of their group each."""
+        return self._mixed(h, B)
+
+    def mix(self, h: Tensor, M: Float[Tensor, "s r"]) -> Tensor:
+        """A matrix on the r channels of every group, which gives it s others."""
+        return self._mixed(h, M if self.groups == 1 else M.repeat(self.groups, 1))
+
+    def slid(self, h: Tensor, kernel: Float[Tensor, "s r *places"], each: bool = False) -> Tensor:
+        """A kernel from r to s channels of every group, with the layer's stride, padding and dilation; no bias.
+
+        Args:
+            kernel: without the sides of the layer's kernel that are 1, or with them; a matrix on linear layers.
+            each: `kernel` (r, 1, *places) has one for each of the channels instead.
+        """
+        if self.conv is None:
+            return F.linear(h, kernel)
+        kernel = kernel.reshape(*kernel.shape[:2], *self.conv.kernel_size)
+        groups = self.groups * len(kernel) if each else self.groups
+        if self.groups > 1:
+            kernel = kernel.repeat(self.groups, *[1] * (kernel.dim() - 1))
+        return self._slid(h, kernel, groups)
+
+    def _slid(self, h: Tensor, kernel: Tensor, groups: int) -> Tensor:
+        conv: Any = self.module
+        padding = conv.padding
+        if conv.padding_mode != "zeros":
+            h, padding = F.pad(h, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+        return SLIDE[kernel.dim() - 2](h, kernel, None, conv.stride, padding, conv.dilation, groups)
+
+    def _mixed(self, h: Tensor, M: Tensor) -> Tensor:
+        if not self._slides:
+            return F.linear(h, M)
+        sides = -1 - self.channels
+        return SLIDE[sides](h, M.view(*M.shape, *[1] * sides), groups=self.groups)
+
+    def pulled_back(
+        self, x: Tensor, M: Float[Tensor, "out in"], g: Tensor, to_x: bool, to_M: bool
+    ) -> tuple[Tensor | None, Float[Tensor, "out in"] | None]:
+        """The gradients of `apply(x, M)`, whose own is g, with respect to x and to M."""
+        if self.conv is None:
+            dx = g @ M if to_x else None
+            return dx, g.reshape(-1, M.shape[0]).T @ x.reshape(-1, M.shape[1]) if to_M else None
+        x, M = x.detach().requires_grad_(to_x), M.detach().requires_grad_(to_M)
+        with torch.enable_grad():
+            y = self.apply(x, M)
+        wanted = [t for t in (x, M) if t.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, g))
+        return next(found) if to_x else None, next(found) if to_M else None
 
     def frozen(self, x: Tensor) -> Tensor:
         """The frozen matrix, without the bias, of something else than the layer's input."""
@@ -85,19 +152,22 @@ class Host:
         bias: Tensor | None = getattr(self.module, "bias", None)
         return y if bias is None else self.shift(y, -bias.to(y.dtype))
 
-    def mix(self, h: Tensor, M: Float[Tensor, "rows channels"]) -> Tensor:
-        """A matrix on the channels of what `apply` returns."""
-        if self.conv is None:
-            return F.linear(h, M)
-        return F.conv2d(h, M[:, :, None, None])
-
     def shift(self, y: Tensor, vector: Float[Tensor, " channels"]) -> Tensor:
         """y plus a number for every channel."""
-        return y + (vector if self.conv is None else vector[:, None, None])
+        return y + self.along(vector)
+
+    def along(self, vector: Float[Tensor, " channels"]) -> Tensor:
+        """A number for every channel, as a factor of what the layer takes or gives."""
+        return vector if not self._slides else vector.view(-1, *[1] * (-1 - self.channels))
 
     def write(self, W: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> None:
-        """Replace the weights, keeping the old ones for `restore`."""
+        """Replace the weights, keeping the old ones for `restore`.
+
+        Raises `ValueError` where the weight is made anew in every pass, as under weight normalisation.
+        """
         module: Any = self.module
+        if module._parameters.get("weight") is None:
+            raise ValueError(f"{self.name}: its weight is computed from other tensors, and what is merged into it would be lost: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') (remove_weight_norm for the older kind) before the adapter is put there, or keep the adapter beside the layer")  # fmt: skip # noqa: E501
         if self._before is None:
             own = None if module.bias is None else module.bias.detach().clone()
             self._before = (module.weight.detach().clone(), own)

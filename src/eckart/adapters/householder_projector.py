@@ -55,7 +55,7 @@ class Projector(Update):
 
     def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
         left, right = self.factors(host) or self.A()
-        y = host.mix(host.apply(x, right.to(x.dtype)), left.to(x.dtype))
+        y = host.up(host.down(x, right.to(x.dtype)), left.to(x.dtype))
         return y if self.left is not None else y - host.unbiased(y0.to(x.dtype))
 
 

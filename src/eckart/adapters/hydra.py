@@ -34,9 +34,8 @@ class Branch(nn.Module):
 
     def up(self, h: Tensor, host: Host) -> Tensor:
         """B (h + a) + b of h = A x."""
-        h = h if self.a is None else host.shift(h, self.a.to(h.dtype))
-        y = host.mix(h, self.B.to(h.dtype))
-        return y if self.b is None else host.shift(y, self.b.to(y.dtype))
+        y = host.up(h, self.B.to(h.dtype))
+        return y if self.b is None else host.shift(y, self.constant().to(y.dtype))
 
     def constant(self) -> Float[Tensor, " out"]:
         """What the branch adds to everything."""
@@ -77,7 +76,7 @@ class TwoBranches(Update):
     def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
         total = torch.zeros((), dtype=x.dtype, device=x.device)
         if self.parallel is not None:
-            total = total + self.parallel.up(host.apply(x, self.parallel.A.to(x.dtype)), host)
+            total = total + self.parallel.up(host.down(x, self.parallel.A.to(x.dtype)), host)
         if self.sequential is not None:
             seen = F.dropout(y0.to(x.dtype), self.dropout, self.training and self.dropout > 0)
             total = total + self.sequential.up(host.mix(seen, self.sequential.A.to(x.dtype)), host)
@@ -118,6 +117,8 @@ class Hydra(Adapter):
         rank, behind = self.fitting(site), self.sequential_rank
         if behind > out:
             raise ValueError(f"{site.name}: sequential_rank {behind} is more than its {out} outputs can have: lower it")
+        if behind and site.host.groups > 1:
+            raise ValueError(f"{site.name} is a grouped convolution, whose groups a branch behind it would mix: set sequential_rank=0, which leaves the branch beside it, or leave the layer out")  # fmt: skip # noqa: E501
         branches = [
             Branch(site.uniform(r, width, bound=width**-0.5), out, self.biases) if r else None
             for r, width in ((rank, in_), (behind, out))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,20 +31,13 @@ class KernelAdapter(Adapter):
 
 
 def sides_of(host: Host) -> list[int]:
-    """(out, in), and height and width of the kernel where they are more than 1."""
+    """(out, in), and the sides of the kernel that are more than 1; `in` is that of one group."""
     conv = host.conv
-    return [*host.shape] if conv is None else [host.out, conv.in_channels, *(n for n in conv.kernel_size if n > 1)]
-
-
-def convolved(host: Host, h: Tensor, kernel: Float[Tensor, "out in *places"], groups: int = 1) -> Tensor:
-    """A kernel on any number of channels with the layer's stride, padding and dilation; no bias."""
-    conv = host.conv
-    if conv is None:
-        return host.mix(h, kernel)
-    around = conv._reversed_padding_repeated_twice
-    h = F.pad(h, around, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode) if any(around) else h
-    kernel = kernel.reshape(*kernel.shape[:2], *conv.kernel_size)
-    return F.conv2d(h, kernel, None, conv.stride, 0, conv.dilation, groups)
+    return (
+        [*host.shape]
+        if conv is None
+        else [host.out, conv.in_channels // conv.groups, *(n for n in conv.kernel_size if n > 1)]
+    )
 
 
 class Canonical(FactoredUpdate):
@@ -75,8 +67,8 @@ class Canonical(FactoredUpdate):
             return super().forward(x, y0, host)
         single = torch.ones(len(left.T), 1, dtype=x.dtype, device=x.device)
         kernel = outer(single, places).to(x.dtype)[:, None]
-        h = convolved(host, host.mix(x, right.T.to(x.dtype)), kernel, groups=len(kernel))
-        return host.mix(h, self.scale * left.to(x.dtype))
+        h = host.slid(host.mix(x, right.T.to(x.dtype)), kernel, each=True)
+        return host.up(h, self.scale * left.to(x.dtype))
 
 
 def outer(rows: Float[Tensor, "r n"], sides: list[Float[Tensor, "size r"]]) -> Float[Tensor, "r entries"]:
@@ -89,7 +81,8 @@ def outer(rows: Float[Tensor, "r n"], sides: list[Float[Tensor, "size r"]]) -> F
 class Viewed(Update):
     """scale * B A of shape (out * height, in * width), read as a kernel in the order of its memory, as loralib does.
 
-    Channels and places of the kernel mix, so it is no matrix of low rank of (out, in * height * width).
+    Channels and places of the kernel mix, so it is no matrix of low rank of (out, in * height * width). A third
+    side counts with the width, and a single one is the height.
     """
 
     def __init__(self, B: Float[Tensor, "outh rk"], A: Float[Tensor, "rk inw"], scale: float):
@@ -103,11 +96,11 @@ class Viewed(Update):
 def low_rank(site: Site, rank: int, scale: float, unfolding: str) -> Update:
     """LoRA of a kernel: of its rows (`channels`: LoRA-C), or of all its numbers as a square (`kernel`: ConvLoRA)."""
     conv, (out, in_) = site.host.conv, site.shape
-    if conv is None or unfolding == "channels" or conv.kernel_size == (1, 1):
+    if conv is None or unfolding == "channels" or set(conv.kernel_size) == {1}:
         return Factors(torch.zeros(out, rank), site.uniform(rank, in_, bound=in_**-0.5), scale)
-    height, width = conv.kernel_size
-    rows, columns = rank * max(height, width), conv.in_channels * width
-    return Viewed(torch.zeros(out * height, rows), site.uniform(rows, columns, bound=columns**-0.5), scale)
+    first = conv.kernel_size[0]
+    rows, columns = rank * max(conv.kernel_size), in_ // first
+    return Viewed(torch.zeros(out * first, rows), site.uniform(rows, columns, bound=columns**-0.5), scale)
 
 
 class Decomposed(Update):
@@ -132,8 +125,7 @@ class Decomposed(Update):
         return self.gain(host)[:, None] * (W + self.inner.delta(host)) - W
 
     def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
-        gain = self.gain(host).to(x.dtype)
-        gain = gain if host.conv is None else gain[:, None, None]
+        gain = host.along(self.gain(host).to(x.dtype))
         return (gain - 1) * host.unbiased(y0.to(x.dtype)) + gain * self.inner(x, y0, host)
 
 

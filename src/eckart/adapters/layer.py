@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from eckart.adapters.base import Update
 from eckart.adapters.host import Host
+from eckart.adapters.kinds import is_convolution, laid_out
 from eckart.forms.layers import DropIn
-from eckart.forms.layout import laid_out
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -132,4 +132,4 @@ class AdapterLinear(AdapterLayer):
 
 def layer_for(base_layer: nn.Module, name: str) -> AdapterLayer:
     """The layer that wraps a frozen one."""
-    return AdapterLayer(base_layer, name) if isinstance(base_layer, nn.Conv2d) else AdapterLinear(base_layer, name)
+    return AdapterLayer(base_layer, name) if is_convolution(base_layer) else AdapterLinear(base_layer, name)

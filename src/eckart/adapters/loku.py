@@ -51,8 +51,8 @@ class FromStart(FactoredUpdate):
         return self.scale * (self.B @ self.A - self.B0 @ self.A0)
 
     def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
-        now = host.mix(self.scale * host.apply(x, self.A), self.B)
-        return now - host.mix(self.scale * host.apply(x, self.A0), self.B0)
+        now = host.up(self.scale * host.down(x, self.A), self.B)
+        return now - host.up(self.scale * host.down(x, self.A0), self.B0)
 
 
 @adapter("loku", family="unlearning", paper="Towards Robust and Parameter-Efficient Knowledge Unlearning for LLMs, Cha et al., ICLR 2025, arXiv 2408.06621")  # fmt: skip # noqa: E501

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from eckart.adapters.native import Native
+from eckart.adapters.native import BESIDE, Native
 from eckart.registry import method
 from eckart.settings import check_whole
 
@@ -38,6 +38,7 @@ class Lora(Native):
     start_from: str = "zero"
 
     of: ClassVar[type[PeftConfig]] = LoraConfig
+    sits_on: ClassVar[tuple[type[nn.Module], ...]] = BESIDE
 
     def check(self) -> None:
         check_whole(self, rank=1, alpha=0)

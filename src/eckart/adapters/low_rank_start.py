@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from eckart.adapters.matching import targets
-from eckart.adapters.native import Native, drawn_from, put
+from eckart.adapters.native import BESIDE, Native, drawn_from, named, put
 from eckart.checkpoint.folder import Folder
 from eckart.checkpoint.hf import EckartConfig, describe
 from eckart.checkpoint.source import resolve
@@ -49,6 +49,8 @@ class LowRankStart(Native):
     original: Any = None
     start_folder: str = ""
 
+    sits_on: ClassVar[tuple[type[nn.Module], ...]] = BESIDE
+
     def check(self) -> None:
         check_whole(self, rank=1)
         if self.alpha is not None and not self.alpha > 0:
@@ -66,6 +68,8 @@ class LowRankStart(Native):
         if not found:
             why = next((f" ({name}: {whole[name]})" for name in names if name in whole), "")
             raise ValueError(f"no targeted layer has a low-rank term beside others{why}: compress with 'lq_lora' or 'eora', or give the model before compression, original=...")  # fmt: skip # noqa: E501
+        for name, module in named(model, list(found)).items():
+            self.stands(name, module)
         _leave(model, moved)
         if moved and not self.start_folder:
             model.name_or_path = None  # type: ignore[assignment]

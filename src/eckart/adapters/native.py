@@ -11,11 +11,15 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
+from eckart.adapters.kinds import carries, described, is_convolution, matrix_shape
 from eckart.adapters.matching import inner, targets
-from eckart.forms.layers import kind_of, matrix_shape
 from eckart.registry import entries
 from eckart.schedules import Schedule
+
+BESIDE: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+"""Of convolutions and embeddings, what PEFT's LoRA stands beside."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class Native:
     needs_data: ClassVar[bool] = False
     of: ClassVar[type[PeftConfig]] = PeftConfig
     """PEFT's settings of the method; those whose steps `schedule` follows have a class of their own."""
+    sits_on: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """Convolutions and embeddings that PEFT's layers of the method stand beside."""
+    follows: ClassVar[tuple[str, ...]] = ()
+    """Of `groups`, `dilation` and `padding_mode`, what these layers take over from a convolution."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
@@ -51,6 +59,17 @@ class Native:
     def fits(self, name: str, module: nn.Module, shape: tuple[int, int]) -> None:
         """Raises `ValueError` where a layer, whose matrix has the shape (out, in), cannot carry the adapter."""
 
+    def stands(self, name: str, module: nn.Module) -> None:
+        """Raises `ValueError` where PEFT's layers fail on a convolution or embedding, or merge into something else."""
+        if isinstance(module, _ConvNd | nn.Embedding) and not isinstance(module, self.sits_on):
+            raise ValueError(f"{name} is {described(module)}, on which {self.key}, which is PEFT's, cannot sit: leave it out with exclude_modules, or take an adapter that can ('lora_c' for any convolution, 'lora' for embeddings)")  # fmt: skip # noqa: E501
+        if not is_convolution(module):
+            return
+        usual = {"groups": module.groups == 1, "dilation": {*module.dilation} == {1}, "padding_mode": module.padding_mode == "zeros"}  # fmt: skip # noqa: E501
+        for word, is_usual in usual.items():
+            if not is_usual and word not in self.follows:
+                raise ValueError(f"{name} is a convolution with {word}={getattr(module, word)!r}, which PEFT's layers of {self.key} do not follow, so that they fail or merge into something else: leave it out with exclude_modules, or take 'lora_c', which sits on convolutions of all kinds")  # fmt: skip # noqa: E501
+
     def config(self) -> PeftConfig:
         """PEFT's settings."""
         raise NotImplementedError(f"{type(self).__name__} sets up nothing")
@@ -62,7 +81,8 @@ class Native:
         """
         config = self.config()
         for name, module in named(model, self.targets(model)).items():
-            if kind_of(module) in ("linear", "conv1d", "conv2d"):
+            self.stands(name, module)
+            if carries(module):
                 self.fits(name, module, matrix_shape(module))
         with drawn_from(self.seed):
             return self.start(model, config, data, adapter_name)

@@ -52,8 +52,8 @@ class Columns(Update):
     def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
         if host.conv is None:
             return F.linear(self.scale * x.index_select(-1, self.indices), self.change.to(x.dtype))
-        kernel = self.change.to(x.dtype).view(-1, len(self.indices), *host.conv.kernel_size)
-        return host.conv._conv_forward(self.scale * x.index_select(-3, self.indices), kernel, None)
+        kernel = self.change.to(x.dtype).view(len(self.change), len(self.indices), -1)
+        return host.slid(self.scale * x.index_select(host.channels, self.indices), kernel)
 
 
 @adapter("paca", family="partial weights", paper="PaCA, Woo et al., ICLR 2025, arXiv 2503.01905")
@@ -85,6 +85,8 @@ class PaCA(Adapter):
     def update(self, site: Site) -> Columns:
         out, in_ = site.shape
         conv = site.host.conv
+        if site.host.groups > 1:
+            raise ValueError(f"{site.name} is a grouped convolution, of which no column belongs to one input channel, as paca's do: leave it out with exclude_modules, or take lora_c or lift, which sit there, too")  # fmt: skip # noqa: E501
         features = in_ if conv is None else conv.in_channels
         if site.rank > features:
             raise ValueError(f"{site.name}: paca(rank={site.rank}) trains more input features than the {features} that it has: lower the rank or leave the layer out")  # fmt: skip # noqa: E501

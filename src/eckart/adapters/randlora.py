@@ -45,8 +45,6 @@ class RandLora(Native):
             raise ValueError(f"randlora(bases={self.bases!r}): they are {', '.join(map(repr, BASES))}")
 
     def fits(self, name: str, module: nn.Module, shape: tuple[int, int]) -> None:
-        if isinstance(module, nn.Conv2d):
-            raise ValueError(f"{name} is a convolution, which RandLoRA of PEFT cannot carry: leave it out with exclude_modules")  # fmt: skip # noqa: E501
         if self.rank > min(shape):
             raise ValueError(f"{name}: rank {self.rank} is more than a matrix of shape {shape} can have: lower it to {min(shape)} or leave the layer out")  # fmt: skip # noqa: E501
 

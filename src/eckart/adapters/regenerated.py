@@ -50,21 +50,6 @@ class _Product(torch.autograd.Function):
         learning = [t for t in leaves if t.requires_grad]
         with torch.set_grad_enabled(bool(learning)):
             M = ctx.make(*leaves)
-        dx, dM = _pulled_back(ctx.host, x, M.detach(), g.to(M.dtype), ctx.needs_input_grad[0], bool(learning))
+        dx, dM = ctx.host.pulled_back(x, M.detach(), g.to(M.dtype), ctx.needs_input_grad[0], bool(learning))
         found = iter(torch.autograd.grad(M, learning, dM) if learning else ())
         return dx, None, None, *(next(found) if t.requires_grad else None for t in leaves)
-
-
-def _pulled_back(
-    host: Host, x: Tensor, M: Float[Tensor, "out in"], g: Tensor, to_x: bool, to_M: bool
-) -> tuple[Tensor | None, Float[Tensor, "out in"] | None]:
-    """The gradients of `host.apply(x, M)` with respect to x and M."""
-    if host.conv is None:
-        dx = g @ M if to_x else None
-        return dx, g.reshape(-1, M.shape[0]).T @ x.reshape(-1, M.shape[1]) if to_M else None
-    x, M = x.detach().requires_grad_(to_x), M.requires_grad_(to_M)
-    with torch.enable_grad():
-        y = host.apply(x, M)
-    wanted = [t for t in (x, M) if t.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, g))
-    return next(found) if to_x else None, next(found) if to_M else None

@@ -61,8 +61,8 @@ class Core(FactoredUpdate):
         return self.U @ self.moved(), self.Vh
 
     def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
-        h = host.mix(host.apply(x, self.Vh.to(x.dtype)), self.moved().to(x.dtype))
-        return host.mix(h, self.U.to(x.dtype))
+        h = host.mix(host.down(x, self.Vh.to(x.dtype)), self.moved().to(x.dtype))
+        return host.up(h, self.U.to(x.dtype))
 
 
 class Regularised(Schedule):

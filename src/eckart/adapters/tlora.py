@@ -50,12 +50,11 @@ class Transformed(Update):
         return torch.einsum("oik,ij->ojk", W, T - torch.eye(len(T)).to(T)).flatten(1) + left @ right
 
     def forward(self, x: Tensor, y0: Tensor, host: Host) -> Tensor:
-        rows = x if host.conv is None else x.movedim(1, -1)
+        rows = x.movedim(host.channels, -1)
         cores = [c.to(x.dtype) for c in self.transform]
-        moved = turned(rows.reshape(-1, rows.shape[-1]), cores).view(rows.shape) - rows
-        moved = moved if host.conv is None else moved.movedim(-1, 1)
+        moved = turned(rows.reshape(-1, rows.shape[-1] // host.groups), cores).view(rows.shape) - rows
         left, right = (f.to(x.dtype) for f in self.residual())
-        return host.frozen(moved) + host.mix(host.apply(x, right), left)
+        return host.frozen(moved.movedim(-1, host.channels)) + host.up(host.down(x, right), left)
 
 
 def turned(x: Float[Tensor, "n j"], cores: Sequence[Float[Tensor, "i j q q"]]) -> Float[Tensor, "n i"]:
@@ -134,7 +133,7 @@ class TLoRA(Adapter):
 
     def update(self, site: Site) -> Transformed:
         conv = site.host.conv
-        channels = site.host.width if conv is None else conv.in_channels
+        channels = site.host.width if conv is None else conv.in_channels // conv.groups
         ins, outs, p = self.split(channels, site), self.split(site.host.out, site), site.rank
         places = site.host.width // channels
         columns = [*ins, places] if places > 1 else ins
