@@ -331,3 +331,17 @@ def test_on_a_network_with_depthwise_convolutions_they_train_and_are_loaded(tmp_
         after = model(pixel_values=pixels).logits
         assert torch.equal(again(pixel_values=pixels).logits, after)
         assert near(model.merge_and_unload()(pixel_values=pixels).logits, after)
+
+
+def test_a_model_that_asks_its_layers_for_their_stride_finds_it() -> None:
+    config = transformers.WhisperConfig(
+        vocab_size=20, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_source_positions=6,
+        max_target_positions=8, num_mel_bins=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    model = transformers.WhisperModel(config).eval()
+    inputs = {"input_features": gaussian(1, 4, 12), "decoder_input_ids": torch.tensor([[1, 5, 6]])}
+    before = model(**inputs).last_hidden_state
+    model = adapters.adapt(model, "lora_c", rank=2, target_modules=["conv1", "conv2"])
+    assert torch.equal(model(**inputs).last_hidden_state, before)

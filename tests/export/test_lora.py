@@ -11,6 +11,7 @@ import gguf
 import made
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForSequenceClassification
@@ -134,6 +135,41 @@ def test_convolutions_become_convolutions(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         near(plain(pixel_values=x).logits, adapted(pixel_values=x).logits)
+
+
+def test_convolutions_of_one_dimension_become_such(tmp_path: Path) -> None:
+    config = transformers.Wav2Vec2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, conv_dim=(6, 6),
+        conv_stride=(2, 2), conv_kernel=(3, 3), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    transformers.Wav2Vec2Model(config).save_pretrained(tmp_path / "speech")
+    base = transformers.Wav2Vec2Model.from_pretrained(tmp_path / "speech")
+    adapted = moved(adapt(base, "svfit", rank=3, target_modules=["conv_layers.1.conv"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    export(tmp_path / "adapter", "lora", tmp_path / "out")
+    shapes = [tuple(t.shape) for t in load_file(tmp_path / "out/adapter_model.safetensors").values()]
+    assert sorted(shapes) == [(3, 6, 3), (6, 3, 1)]
+    plain = read(tmp_path / "out", tmp_path / "speech", transformers.Wav2Vec2Model)
+    x = torch.randn(1, 60, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = adapted(input_values=x).last_hidden_state
+        near(plain(input_values=x).last_hidden_state, wanted)
+        with adapted.disable_adapter():
+            assert not torch.allclose(adapted(input_values=x).last_hidden_state, wanted, atol=1e-3)
+
+
+def test_a_convolution_that_pefts_lora_does_not_follow_is_refused(tmp_path: Path) -> None:
+    config = transformers.ConvNextConfig(
+        hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, image_size=8, patch_size=2, num_labels=3
+    )
+    transformers.ConvNextForImageClassification(config).save_pretrained(tmp_path / "net")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "net")
+    moved(adapt(model, "lora_c", rank=2, target_modules=["dwconv"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match=r"dwconv is a grouped convolution \(Conv2d, groups=8\) with settings that the"
+    ):
+        export(tmp_path / "adapter", "lora", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_compressed_base_gets_its_lora_on_top(tmp_path: Path) -> None:

@@ -40,6 +40,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.out_features, self.in_features = self.host.shape
+        base = self.get_base_layer()
+        for word in getattr(base, "__constants__", ()):  # Whisper's forward pass asks its convolutions for their stride
+            if hasattr(base, word) and not hasattr(self, word):
+                setattr(self, word, getattr(base, word))
 
     def update_layer(self, adapter_name: str, update: Update, dropout: float, inference_mode: bool) -> None:
         """Put a new update on the layer: on its device, in float32 where the frozen weight is shorter."""

@@ -17,12 +17,11 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from eckart.adapters.kinds import as_matrix, carries
 from eckart.adapters.layer import AdapterLayer
 from eckart.checkpoint.folder import model_class
 from eckart.checkpoint.source import no_bars, resolve
 from eckart.downloads import Progress, silent
-from eckart.forms.layers import kind_of
-from eckart.forms.layout import as_matrix
 from eckart.linalg.svd import truncated_svd
 
 CONFIG, WEIGHTS, NAME = "adapter_config.json", "adapter_model.safetensors", "default"
@@ -200,7 +199,7 @@ def _native(name: str, layer: Any, before: Tensor | None) -> Change | None:
     if not any(NAME in getattr(layer, part, {}) for part in layer.adapter_layer_names):
         return None
     module = layer.get_base_layer()
-    if kind_of(module) not in ("linear", "conv1d", "conv2d"):
+    if not carries(module):
         raise ValueError(f"{name} is a {type(module).__name__}, whose adapter eckart cannot write as a plain LoRA: leave the layer out of the adapter")  # fmt: skip # noqa: E501
     same = before is None or torch.equal(before, module.weight)
     dora = getattr(layer, "use_dora", {}).get(NAME, False)
@@ -223,8 +222,7 @@ def _factors(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _weight(module: nn.Module) -> Tensor | None:
-    kind = kind_of(module)
-    if kind not in ("linear", "conv1d", "conv2d"):
+    if not carries(module):
         return None
     found: Any = module._parameters.get("weight")
     return found

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from eckart.adapters.kinds import described, is_convolution
+from eckart.adapters.lora import Lora
 from eckart.checkpoint.folder import companions
 from eckart.checkpoint.layout import save_json, save_tensors
 from eckart.export.adapted import CONFIG, SLACK, WEIGHTS, Adapted, Pair, pairs
@@ -35,8 +37,10 @@ def write(adapted: Adapted, out: Path, rank: int | None = None, strict: bool = F
         module = adapted.inner.get_submodule(name).get_base_layer()
         kinds.add(kind_of(module))
         left, right = pair.left, pair.right
-        if isinstance(module, torch.nn.Conv2d):
-            left, right = left[:, :, None, None], right.view(len(right), -1, *module.kernel_size)
+        if is_convolution(module):
+            check_followed(name, module)
+            left = left.view(*left.shape, *[1] * len(module.kernel_size))
+            right = right.view(len(right), -1, *module.kernel_size)
         tensors[f"base_model.model.{name}.lora_A.weight"] = right
         tensors[f"base_model.model.{name}.lora_B.weight"] = left
     saved = adapted.saved()
@@ -52,6 +56,14 @@ def write(adapted: Adapted, out: Path, rank: int | None = None, strict: bool = F
             shutil.copyfile(adapted.source / name, out / name)
     notes = [f"saved whole beside the LoRA: {', '.join(sorted(saved))}"] if saved else []
     return Written({name: pair.text() for name, pair in found.items()}, [*notes, *inexact(found)])
+
+
+def check_followed(name: str, module: Any) -> None:
+    """Raises `ValueError` for a convolution that PEFT's LoRA would compute as another one."""
+    try:
+        Lora().stands(name, module)
+    except ValueError as e:
+        raise ValueError(f"{name} is {described(module)} with settings that the LoRA of PEFT does not follow, so that it cannot be written as one: merge the adapter with model.merge_and_unload() instead") from e  # fmt: skip # noqa: E501
 
 
 def inexact(found: dict[str, Pair]) -> list[str]:
