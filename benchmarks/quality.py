@@ -3,12 +3,13 @@
     python benchmarks/quality.py [--models decoder minilm ...] [--methods nearest gptq ...] [--bits 2 2.5 3 4]
                                  [--allocation optimal()] [--whole] [--json FILE] [--resume] [--quick]
 
-Rows are methods: those of `ROWS`, any other that is registered, or a form given as text, such as
-'quantized(group=32) + low_rank()', which is fitted in the metric `input_covariance()`. A column is a budget, in bits
-for each weight of the linear layers within the blocks; everything that those layers take on disk counts, down to the
-names of their tensors, and the rest of the model stays as it is, in float16. "bits" is what was used of it. With
-`--whole`, bits are for each weight of the model, tables, heads and norms included: at 2 bits it is 16 times smaller
-than in float32. A method that leaves the tables alone then often cannot meet the budget, and its row says so.
+Rows are methods: those of `ROWS`, any other that is registered, one with a setting, such as `eora:rank=8`, or a form
+given as text, such as 'quantized(group=32) + low_rank()', which is fitted in the metric `input_covariance()`. A column
+is a budget, in bits for each weight of the linear layers within the blocks; everything that those layers take on disk
+counts, down to the names of their tensors, and the rest of the model stays as it is, in float16. "bits" is what was
+used of it. With `--whole`, bits are for each weight of the model, tables, heads and norms included: at 2 bits it is 16
+times smaller than in float32. A method that leaves the tables alone then often cannot meet the budget, and its row says
+so.
 
 Every model is judged by its own task (tasks.py), in float32. Rows are written to the JSON file as they come, those
 that failed with the error; `--resume` keeps what the file holds and tries the failed ones again.
@@ -20,7 +21,7 @@ import argparse
 import json
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Way:
     metric: str | None = None
     allocation: str | None = None
     targets: str | None = None
+    settings: dict[str, int] = field(default_factory=dict)
 
 
 def codes(settings: str = "", more: str = "") -> str:
@@ -82,7 +84,9 @@ def way_of(name: str, allocation: str | None) -> Way:
         return ROWS[name]
     if "(" in name:
         return Way(form=name, metric=COVARIANCE, allocation=allocation or "optimal()")
-    return Way(method=name, allocation=allocation)
+    method, _, settings = name.partition(":")
+    pairs = (pair.split("=") for pair in settings.split(",") if pair)
+    return Way(method=method, allocation=allocation, settings={key: int(value) for key, value in pairs})
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def one(task: Task, way: Way, bits: float, batches: list[Batch], whole: bool) ->
     """Compress and measure; what goes wrong is part of the result."""
     model = load(task.model)
     scale = Scale.of(model, task.targets, whole)
-    words = {key: value for key, value in asdict(way).items() if key != "method" and value is not None}
+    words = {k: v for k, v in asdict(way).items() if k not in ("method", "settings") and v is not None} | way.settings
     if task.targets:
         words.setdefault("targets", task.targets)
     begin, cpu, row = time.perf_counter(), time.process_time(), dict[str, Any](way=asdict(way))

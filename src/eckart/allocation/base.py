@@ -57,8 +57,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Allocator(ABC):
-    """Chooses one point on each curve. Hashable, printable, parsed back by `ALLOCATORS.parse`."""
+    """Chooses one point on each curve. Hashable, printable, parsed back by `ALLOCATORS.parse`.
 
+    Attributes:
+        needs_errors: whether the choice depends on more than bytes.
+        needs_influence, needs_fitness: what else a problem has to hold.
+    """
+
+    needs_errors = True
     needs_influence = False
     needs_fitness = False
 

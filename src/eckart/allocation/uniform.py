@@ -12,6 +12,8 @@ from eckart.allocation.base import ALLOCATORS, Allocator, Problem, best_share, l
 class Uniform(Allocator):
     """Every weight keeps the largest setting within one common share of its dense bytes."""
 
+    needs_errors = False
+
     def allocate(self, problem: Problem) -> dict[str, int]:
         def at(share: float) -> dict[str, int]:
             return {name: largest_within(c, share * c.nbytes[-1]) for name, c in problem.curves.items()}

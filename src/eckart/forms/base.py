@@ -178,6 +178,11 @@ class Form(ABC):
         """Width of the free side when this is a factor of a product with the other side given; None if it is free."""
         return None
 
+    @property
+    def fits_rungs(self) -> bool:
+        """Whether `curve` fits several rungs, so that a rung which is chosen by its bytes alone comes cheaper."""
+        return self.open
+
     def curve(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
     ) -> Curve:

@@ -117,6 +117,10 @@ class LowRank(Form):
         Y = weighted_lstsq_right(X, W, weighting, Y, torch.finfo(dtype).eps ** 0.5).to(W.dtype)
         return ProductMatrix(left, self.factors.fit(Y, weighting.through_left(X), dtype=dtype), self)
 
+    @property
+    def fits_rungs(self) -> bool:
+        return self.open and not self._plain
+
     def curve(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
     ) -> Curve:

@@ -45,6 +45,10 @@ class OneOf(Form):
     ) -> Factored:
         return self.build((matrix.shape[0], matrix.shape[1]))
 
+    @property
+    def fits_rungs(self) -> bool:
+        return False  # errors decide which of two alternatives is worth its bytes
+
     def curve(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
     ) -> Curve:

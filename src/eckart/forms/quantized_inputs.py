@@ -99,6 +99,10 @@ class QuantizedInputs(Form):
     ) -> QuantizedInputsMatrix:
         return QuantizedInputsMatrix(self.matrix.fit(matrix, weighting, dtype=dtype), self)
 
+    @property
+    def fits_rungs(self) -> bool:
+        return self.matrix.fits_rungs
+
     def curve(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
     ) -> Curve:

@@ -152,6 +152,10 @@ class SignStack(Form):
             R = R - torch.where(positive, magnitudes, -magnitudes)
             yield Block(pack(positive.to(torch.uint8), 1), left, right, R)
 
+    @property
+    def fits_rungs(self) -> bool:
+        return False
+
     def curve(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
     ) -> Curve:

@@ -160,6 +160,10 @@ class Chain(Form):
         parameters = [stored(c.reshape(c.shape[0], o, i, c.shape[2]).to(W.dtype), dtype or matrix.dtype) for c, o, i in sizes]  # fmt: skip # noqa: E501
         return TensorTrainMatrix(parameters, split, self)
 
+    @property
+    def fits_rungs(self) -> bool:
+        return False
+
     def curve(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
     ) -> Curve:

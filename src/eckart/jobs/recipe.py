@@ -118,11 +118,16 @@ class Recipe(Layerwise):
             input_bytes=job.input_bytes, weights=count_weights(job), target_bytes=job.input_bytes - fixed
         )
         rungs = self._rungs(job, layers)
-        self._check(job, total, Problem(rungs, 0).smallest + fixed + self._headers(job, layers, rungs, fixed))
+        problem = Problem(rungs, total - fixed - self._headers(job, layers, rungs, fixed))
+        self._check(job, total, problem.smallest + total - problem.budget)
+        forms = {name: self.form_of(job.model, name) for name in layers}
+        by_bytes = not self.allocation.needs_errors and all(form.fits_rungs for form in forms.values())
+        if by_bytes:
+            forms = {name: rungs[name].forms[i] for name, i in self.allocation.choose(problem).items()}
         for done, part in enumerate(job.parts):
             names = [name for name in sites.get(part, []) if name in layers]
             with job.subject.loaded(*names):
-                tasks = (self._task(job, name, part, str(self.form_of(job.model, name))) for name in names)
+                tasks = (self._task(job, name, part, str(forms[name])) for name in names)
                 for name, (found, note) in zip(names, job.executor.map(curve, tasks), strict=True):
                     curves[name] = self._with_bias(job, name, found)
                     layers[name] = replace(layers[name], note=note)
@@ -136,7 +141,7 @@ class Recipe(Layerwise):
             job.trial.folder / "search.json" if job.trial else None,
         )
         self._check(job, total, problem.smallest + total - problem.budget)
-        choice = self.allocation.choose(problem)
+        choice = dict.fromkeys(layers, 0) if by_bytes else self.allocation.choose(problem)
         planned = [self._planned(layers[name], curves[name], choice[name]) for name in layers]
         after = output_bytes(job, {layer.name: self._layout(job, layer) for layer in planned})
         seconds = 1.2 * (time.perf_counter() - started)
