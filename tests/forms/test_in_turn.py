@@ -68,3 +68,12 @@ def test_has_the_bytes_and_the_tensors_of_the_sum() -> None:
 def test_refusals(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse(text)
+
+
+def test_a_curve_does_few_sweeps_of_many() -> None:
+    text = "in_turn(first=low_rank(rank=6), second=quantized(group=16), sweeps={})"
+    long, short = (parse(text.format(n)).curve(W, PLAIN, torch.float32) for n in (40, 4))
+    assert long.errors == short.errors
+    assert {f.sweeps for f in long.forms if isinstance(f, InTurn)} == {40}
+    some = [2, len(long) - 2]
+    assert all(error(long.forms[i], PLAIN) <= long.errors[i] * (1 + 1e-6) for i in some)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,8 @@ from eckart.forms.base import FORMS, Curve, Form, Shape
 from eckart.forms.low_rank import LowRank
 from eckart.forms.quantized import Quantized
 from eckart.linalg.weighting import PLAIN, Weighting
+
+CURVE_SWEEPS = 4
 
 
 @FORMS.word("in_turn")
@@ -67,10 +69,14 @@ class InTurn(Form):
         self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
     ) -> Curve:
         """Cost and error at every rung below the dense matrix. In one sweep, all rungs of the second term come from
-        its own curve on what a rung of the first one leaves, which for low ranks is one spectrum."""
+        its own curve on what a rung of the first one leaves, which for low ranks is one spectrum. Of more sweeps few
+        are done for a curve, so that errors are somewhat above those of the fits, which go on longer."""
         shape = (matrix.shape[0], matrix.shape[1])
         energy = weighting.norm2(matrix) if energy is None else energy
         dense = matrix.numel() * dtype.itemsize
+        if self.sweeps > CURVE_SWEEPS:
+            quick = replace(self, sweeps=CURVE_SWEEPS).curve(matrix, weighting, dtype, energy)
+            return replace(quick, forms=[replace(f, sweeps=self.sweeps) for f in quick.forms if isinstance(f, InTurn)])
         if self.sweeps > 1 or not self.second.open:
             return super().curve(matrix, weighting, dtype, energy)
         points: list[tuple[int, float, Form]] = []
