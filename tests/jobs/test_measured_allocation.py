@@ -17,6 +17,7 @@ from eckart.calibration.subject import InMemory
 from eckart.compression import method_for
 from eckart.jobs.engine import Engine
 from eckart.jobs.solve import Fitted, Task, Threads, fit
+from eckart.jobs.trial import Trial
 
 SEARCH = "evolutionary(generations=4, offspring=4, survivors=(2, 1), tokens=(16, 1000), levels=4)"
 SETTINGS = {"num_hidden_layers": 2}
@@ -114,13 +115,25 @@ def test_a_job_that_was_killed_while_it_searched_goes_on(tmp_path: Path) -> None
 
 def test_windows_are_drawn_anew_and_the_same_ones_for_the_same_draw(tmp_path: Path) -> None:
     trial = engine(SEARCH, tmp_path).job.trial
-    drawn = trial._drawn  # type: ignore[union-attr]
+    drawn = trial.drawn  # type: ignore[union-attr]
     assert len(trial.batches) == 2  # type: ignore[union-attr]
     assert drawn(None, 0) == drawn(10**6, 3) == [0, 1]
     assert {tuple(drawn(1, i)) for i in range(20)} == {(0,), (1,)}
     assert drawn(1, 5) == drawn(1, 5)
     with pytest.raises(ValueError, match="measure='x': it is 'loss' or 'divergence' or 'squares'"):
         trial(None, None, measure="x")  # type: ignore[misc, arg-type]
+
+
+def test_a_choice_is_tried_once_on_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, whole = [], Trial.__call__
+
+    def call(self: Trial, method: Any, plan: Any, *, tokens: int, draw: int, **more: Any) -> float:
+        tried.append((*(layer.form for layer in plan.layers), *self.drawn(tokens, draw)))
+        return whole(self, method, plan, tokens=tokens, draw=draw, **more)
+
+    monkeypatch.setattr(Trial, "__call__", call)
+    engine(SEARCH, tmp_path).plan()
+    assert len(tried) == len(set(tried)) > 10
 
 
 def test_a_search_without_text_is_refused() -> None:

@@ -33,6 +33,8 @@ class Tries(Protocol):
         keep: bool = False,
     ) -> float: ...  # fmt: skip
 
+    def drawn(self, tokens: int | None, draw: int) -> list[int]: ...
+
 
 @dataclass
 class Job:

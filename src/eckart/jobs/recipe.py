@@ -192,9 +192,14 @@ class Recipe(Layerwise):
         if trial is None:
             raise ValueError(f"{self.allocation} measures plans on calibration data: give at least two batches")
 
+        known: dict[tuple[Any, ...], float] = {}
+
         def fitness(choice: Mapping[str, int], tokens: int, draw: int) -> float:
-            plan = Plan([self._planned(layers[n], curves[n], i) for n, i in choice.items()], 0, 0, 0)
-            return trial(self, plan, tokens=tokens, draw=draw, measure="divergence", keep=True)
+            key = (*choice.items(), *trial.drawn(tokens, draw))
+            if key not in known:
+                plan = Plan([self._planned(layers[n], curves[n], i) for n, i in choice.items()], 0, 0, 0)
+                known[key] = trial(self, plan, tokens=tokens, draw=draw, measure="divergence", keep=True)
+            return known[key]
 
         return fitness
 

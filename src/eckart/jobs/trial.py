@@ -49,7 +49,7 @@ class Trial:
         if measure not in MEASURES:
             raise ValueError(f"measure={measure!r}: it is {' or '.join(map(repr, MEASURES))}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        chosen = self._drawn(tokens, draw)
+        chosen = self.drawn(tokens, draw)
         if measure != "loss" and self.original is None:
             self.original = self._advanced(list(range(len(self.batches))), lambda part: None, "original")
         self.job.fits = self.fits if keep else None
@@ -62,8 +62,8 @@ class Trial:
         finally:
             self.job.fits = None
 
-    def _drawn(self, tokens: int | None, draw: int) -> list[int]:
-        """Which windows to measure on, ascending."""
+    def drawn(self, tokens: int | None, draw: int) -> list[int]:
+        """Which windows a trial on so many tokens is measured on, ascending."""
         if tokens is None:
             return list(range(len(self.batches)))
         order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(draw)).tolist()
