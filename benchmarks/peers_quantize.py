@@ -5,8 +5,9 @@
 
 The model is the decoder of this folder, in float32; all linear layers within its blocks are quantised, asymmetric, in
 groups along the input. Bytes are those of the tensors that stand for these layers when saved, over their weights: a
-peer that keeps a code of 3 bits in a byte pays for the byte. `auto` is given the bytes of the row before it. A peer
-that is not installed, or has no such width on a CPU, is a row that says so.
+peer that keeps a code of 3 bits in a byte pays for the byte. `auto` makes a whole model as large as the row before it,
+and may take bytes from the tables for these layers. A peer that is not installed, or has no such width on a CPU, is a
+row that says so.
 """
 
 from __future__ import annotations
@@ -116,13 +117,16 @@ def llm_compressor(bits: int, group: int, batches: list[Batch]) -> tuple[nn.Modu
     recipe = GPTQModifier(config_groups={"group_0": {"targets": names, "weights": weights}}, ignore=["lm_head"])
     loader = DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
     oneshot(model=model, recipe=recipe, dataset=loader, num_calibration_samples=len(rows))
+    found = load("decoder", torch.float32)
+    for name, module in linears(found).items():  # saving packs the weights of the model that is saved
+        module.weight.data.copy_(model.get_submodule(name).weight)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, save_compressed=True)
         total = 0
         for path in Path(folder).glob("*.safetensors"):
             with safe_open(path, "pt") as file:
                 total += sum(stored(file.get_tensor(k)) for k in file.keys() if k.rpartition(".")[0] in names)  # noqa: SIM118
-    return model, total
+    return found, total
 
 
 WAYS: dict[str, Callable[[int, int, list[Batch]], tuple[nn.Module, int]]] = {
@@ -146,11 +150,12 @@ def row(task: Decoder, name: str, bits: int, make: Callable[[], tuple[nn.Module,
     begin = time.process_time()
     try:
         model, nbytes = make()
+        seconds = time.process_time() - begin
+        figures = task.measure(model.float())
     except Exception as error:  # a peer that cannot is a row, whatever stops it
         return {"way": name, "bits": bits, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    seconds = time.process_time() - begin
     return {"way": name, "bits": bits, "bytes": nbytes, "stored": 8 * nbytes / weights, "seconds": seconds,
-            "figures": task.measure(model.float())}  # fmt: skip
+            "figures": figures}  # fmt: skip
 
 
 def main() -> None:

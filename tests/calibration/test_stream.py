@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,25 @@ def test_rows_are_taken_apart_even_where_the_length_is_the_batch_size() -> None:
     rows = single_rows([batch])
     assert torch.equal(torch.cat([row["input_ids"] for row in rows]), batch["input_ids"])
     assert torch.equal(torch.cat([row["attention_mask"] for row in rows]), batch["attention_mask"])
+
+
+def test_pictures_and_running_means_in_half_precision_are_computed_in_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.stem, model.norm, model.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(pixel_values: Tensor) -> Tensor:
+        out: Tensor = model.head(model.norm(model.stem(pixel_values)).mean((2, 3)))
+        return out
+
+    model.forward = forward  # type: ignore[method-assign, assignment]
+    model.norm.running_mean.normal_()
+    model.half().eval()
+    pictures = [{"pixel_values": torch.randn(2, 3, 8, 8).half()} for _ in range(2)]
+    stored = {key: value.clone() for key, value in model.state_dict().items()}
+    store = streamed(model, pictures, tmp_path, {OUTSIDE: ["head"]})
+    wanted = copy.deepcopy(model).float()
+    x = torch.cat([wanted.norm(wanted.stem(p["pixel_values"].float())).mean((2, 3)) for p in pictures])
+    found = store.of("head", OUTSIDE).sums["outer"]
+    torch.testing.assert_close(found.float(), (x.T @ x).detach(), rtol=2e-2, atol=1e-3)
+    assert all(torch.equal(value, stored[key]) for key, value in model.state_dict().items())

@@ -98,7 +98,7 @@ class Stream:
     def __init__(self, subject: Subject, batches: Sequence[Batch], folder: Path, blocks: list[str] | None = None):
         if not batches:
             raise ValueError("the calibration data is empty: give at least one batch")
-        self.subject, self.batches, self.folder = subject, list(batches), folder
+        self.subject, self.batches, self.folder = subject, [in_float(batch) for batch in batches], folder
         self.model = subject.model
         self.blocks = block_names(self.model) if blocks is None else blocks
         self.outside = outside(self.model, self.blocks)
@@ -242,6 +242,11 @@ def fast_products() -> Iterator[None]:
 
 def _uncached(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: (None if k in ("past_key_values", "past_key_value") else v) for k, v in kwargs.items()}
+
+
+def in_float(batch: Batch) -> Batch:
+    """Pictures and sounds in the float32 in which loaded parts of a model compute."""
+    return {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
 
 
 def single_rows(batches: Sequence[Batch]) -> list[Batch]:

@@ -36,21 +36,21 @@ class InMemory:
 
     @contextmanager
     def loaded(self, *names: str) -> Iterator[None]:
-        """Within the context, parameters in half precision are float32; those that are still there get theirs back."""
+        """Within the context, what is in half precision is float32; tensors that are still there get theirs back."""
         modules = [module for name in names for module in self.model.get_submodule(name).modules()]
         narrow = {
-            parameter: parameter.data
+            tensor: tensor.data
             for module in modules
-            for parameter in module._parameters.values()
-            if parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
+            for tensor in (*module._parameters.values(), *module._buffers.values())  # as of batch normalisation
+            if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16)
         }
-        for parameter, stored in narrow.items():
-            parameter.data = stored.float()
+        for tensor, stored in narrow.items():
+            tensor.data = stored.float()
         try:
             yield
         finally:
-            for parameter, stored in narrow.items():
-                parameter.data = stored
+            for tensor, stored in narrow.items():
+                tensor.data = stored
 
 
 def block_names(model: nn.Module) -> list[str]:
