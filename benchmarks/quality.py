@@ -126,7 +126,7 @@ def one(task: Task, way: Way, bits: float, batches: list[Batch], whole: bool) ->
     model = load(task.model)
     scale = Scale.of(model, task.targets, whole)
     words = {k: v for k, v in asdict(way).items() if k not in ("method", "settings") and v is not None} | way.settings
-    if task.targets:
+    if task.targets and way.method != "auto":  # which has no targets, and takes the whole file
         words.setdefault("targets", task.targets)
     begin, cpu, row = time.perf_counter(), time.process_time(), dict[str, Any](way=asdict(way))
     try:
