@@ -245,8 +245,9 @@ def _uncached(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_float(batch: Batch) -> Batch:
-    """Pictures and sounds in the float32 in which loaded parts of a model compute."""
-    return {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+    """Pictures and sounds of half precision in the float32 in which loaded parts of a model then compute."""
+    half = (torch.float16, torch.bfloat16)
+    return {k: v.float() if isinstance(v, Tensor) and v.dtype in half else v for k, v in batch.items()}
 
 
 def single_rows(batches: Sequence[Batch]) -> list[Batch]:
