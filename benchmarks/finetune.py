@@ -1,21 +1,23 @@
 """Adapters side by side at equal trained parameters: what they learn, what they forget, what they cost.
 
-    python benchmarks/finetune.py [--json finetune.json] [--tasks decoder minilm] [--methods nola paca ...]
-                                  [--ranks 2 16] [--steps 40] [--rates 1e-3 3e-3 1e-2] [--seeds 1 2 3]
-                                  [--threads 1] [--quick]
+    python benchmarks/finetune.py [--json finetune.json] [--tasks decoder minilm smollm2] [--methods nola paca ...]
+                                  [--ranks 2 16] [--steps 40] [--rates 3e-4 1e-3 ... 1e-1] [--seeds 1 2 3]
+                                  [--threads 1] [--bfloat16] [--quick]
 
 Two tasks on e-mails (mail.py): the decoder of `models/` learns to predict them (perplexity), and MiniLM learns to tell
-spam (accuracy, with a trained linear head over the mean of its features). "forgotten" is what the model lost on what it
-was made for: nats a token on the decoder's own held-out texts; for MiniLM the mean of 1 - cosine between its features
-of encyclopaedia sentences before and after.
+spam (accuracy, with a trained linear head over the mean of its features). `--tasks smollm2` does the first on a model
+of 135 million parameters. "forgotten" is what the model lost on what it was made for: nats a token on held-out texts of
+the kinds that the decoder was trained on; for MiniLM the mean of 1 - cosine between its features of encyclopaedia
+sentences before and after.
 
 A column of budgets is the number of trained parameters of a LoRA of that rank on all linear layers; every method gets
 its dial (rank, bases, ...) turned to the largest value that stays within it, and a method that cannot reach it has
 fewer, as the table says; methods that move ranks get LoRA's rank as their mean, and hold more while they train. The
-learning rate is the best of the same grid for all, each tried with a seed of its own on validation mails; a rate at
-the edge of the grid is marked. Then come the seeds, on test mails: mean and spread (standard deviation). "MB" is
-counted: gradients, optimiser state, and what autograd keeps of one batch. Seconds are medians of steps. Every run is
-written to the JSON file as it ends; the same command goes on with what is missing.
+learning rate is the best of one grid for all, on validation mails with a seed of its own: two in the middle are tried,
+then those beyond the better one until one is worse; a rate at the edge of the grid is marked. Then come the seeds, on
+test mails: mean and spread (standard deviation). "MB" is counted: gradients, optimiser state, and what autograd keeps
+of one batch. Seconds are medians of steps. Every run is written to the JSON file as it ends; the same command goes on
+with what is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,14 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import machine, table, write_json
 from corpora import corpora
 from eckart import adapters
 from eckart.calibration.data import token_batches
 from eckart.calibration.wikipedia import articles
+from eckart.checkpoint.source import resolve
 from eckart.registry import entries
 from eckart.remarks import noting
 from eckart.runs.counting import SavedBytes, gradient_bytes, state_bytes
@@ -121,11 +124,11 @@ class Decoder(Task):
     """The domain: a text model of novels, speeches and encyclopaedias learns to predict e-mails."""
 
     name, better, figure = "decoder", "lower", "perplexity"
-    length, size, judged = 128, 8, 48
+    length, size, judged = 64, 8, 96
 
     def __init__(self, quick: bool):
         super().__init__(quick)
-        tokenizer = AutoTokenizer.from_pretrained(FOLDERS["decoder"]())
+        tokenizer = AutoTokenizer.from_pretrained(self.folder())
         self.windows = {p: self._windows(tokenizer, [m.text for m in part], p) for p, part in self.mails.items()}
         self.own = self._windows(tokenizer, [t[:40_000] for t in split(corpora())[1].values()], "own")
         self.before = self._nats(self.model(), self.own)
@@ -134,8 +137,12 @@ class Decoder(Task):
         samples = 16 if self.few else 2000 if part == "train" else self.judged
         return token_batches(texts, tokenizer, samples=samples, length=self.length, seed=0).ids
 
+    def folder(self) -> Path:
+        return FOLDERS["decoder"]()
+
     def model(self) -> nn.Module:
-        return load("decoder", torch.float32)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(self.folder(), dtype=torch.float32)
+        return model
 
     def batches(self, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
@@ -156,6 +163,16 @@ class Decoder(Task):
 
     def forgotten(self, model: nn.Module) -> float:
         return self._nats(model, self.own) - self.before
+
+
+class SmolLM2(Decoder):
+    """The same with SmolLM2-135M-Instruct: few windows, because a step takes seconds."""
+
+    name = "smollm2"
+    size, judged = 4, 32
+
+    def folder(self) -> Path:
+        return resolve("smollm2-135m").folder
 
 
 class Classifier(nn.Module):
@@ -230,7 +247,7 @@ class MiniLM(Task):
         return float(1 - F.cosine_similarity(after.float(), self.before).mean())
 
 
-TASKS: dict[str, type[Task]] = {"decoder": Decoder, "minilm": MiniLM}
+TASKS: dict[str, type[Task]] = {"decoder": Decoder, "minilm": MiniLM, "smollm2": SmolLM2}
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -339,19 +356,36 @@ def measure(report: dict[str, Any], a: argparse.Namespace, console: Console) -> 
                 if "failed" in row or ("dial" not in row and not _dialled(row, task, name, budget, rank)):
                     write_json(report, a.json)
                     continue
-                for lr in a.rates:
-                    if str(lr) not in row["sweep"]:
-                        row["sweep"][str(lr)] = one(task, name, row["dial"], lr, 0, rank, "validation", a)
-                        write_json(report, a.json)
-                alive = {lr: r["figure"] for lr, r in ((lr, row["sweep"][str(lr)]) for lr in a.rates) if "figure" in r}
-                if not alive:
+                sign = 1 if task.better == "higher" else -1
+                scores = {float(lr): scored(run, sign) for lr, run in row["sweep"].items()}
+                while (lr := next_rate(a.rates, scores)) is not None:
+                    row["sweep"][str(lr)] = one(task, name, row["dial"], lr, 0, rank, "validation", a)
+                    scores[lr] = scored(row["sweep"][str(lr)], sign)
+                    write_json(report, a.json)
+                best = max(scores, key=scores.__getitem__)
+                if scores[best] == -math.inf:
                     continue
-                best = (max if task.better == "higher" else min)(alive, key=lambda lr: alive[lr])
                 for seed in a.seeds:
                     if str(seed) not in row["runs"]:
                         row["runs"][str(seed)] = one(task, name, row["dial"], best, seed, rank, "test", a)
                         write_json(report, a.json)
                 console.print(f"{key}, as LoRA of rank {rank}, {name}: {said(row)}", highlight=False)
+
+
+def scored(run: dict[str, Any], sign: int) -> float:
+    """Higher is better; a run that failed is worst."""
+    return sign * run["figure"] if "figure" in run else -math.inf
+
+
+def next_rate(rates: Sequence[float], scores: Mapping[float, float]) -> float | None:
+    """Two in the middle first, then outwards from the best one until its neighbours have been tried."""
+    middle = len(rates) // 2
+    for lr in rates[max(0, middle - 1) : middle + 1]:
+        if lr not in scores:
+            return lr
+    best = rates.index(max(scores, key=scores.__getitem__))
+    beside = rates[max(0, best - 1) : best + 2]
+    return next((lr for lr in beside if lr not in scores), None)
 
 
 def _dialled(row: dict[str, Any], task: Task, name: str, budget: int, rank: int) -> bool:
@@ -413,18 +447,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*REFERENCES, *(e.key for e in entries("adapters") if e.key not in ELSEWHERE)]
     parser.add_argument("--json", type=Path, default=Path("finetune.json"), help="the results, and where a run goes on")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["decoder", "minilm"])
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 16], help="of the LoRA whose size is the budget")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--bfloat16", action="store_true", help="train under bfloat16 autocast")
     parser.add_argument("--quick", action="store_true", help="a few windows, two steps, one rate, one seed")
     a = parser.parse_args()
     if a.quick:
-        a.steps, a.rates, a.seeds, a.ranks = 2, a.rates[1:2], a.seeds[:1], a.ranks[:1]
+        a.steps, a.rates, a.seeds, a.ranks = 2, a.rates[2:3], a.seeds[:1], a.ranks[:1]
     if a.threads:
         torch.set_num_threads(a.threads)
     console, report = Console(width=None if sys.stdout.isatty() else 160), opened(a)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from eckart.metrics import Kronecker, Statistics
+from eckart.metrics.kronecker import shrunk
 from eckart.testing import gaussian
 
 CLASSES, IN, TOKENS = 6, 8, 20_000
@@ -60,3 +61,29 @@ def test_moving_the_mean_into_the_bias_costs_less() -> None:
 def test_targets_are_drawn_from_the_model() -> None:
     assert Kronecker.labels == "model"
     assert Kronecker.needs == {"outer", "x", "grad_outer"}
+
+
+def test_directions_that_no_row_shows_are_not_free() -> None:
+    x, matrix = gaussian(5, 40, seed=1), gaussian(6, 40, seed=4)
+    C = x.T.double() @ x.double() / 5
+    found = shrunk(C, 5)
+    assert torch.allclose(found.trace(), C.trace())
+    assert torch.linalg.eigvalsh(found)[0] == pytest.approx(float(7 / 8 * C.diagonal().mean()), rel=1e-6)
+    assert shrunk(C, 40) is C
+    statistics = Statistics()
+    statistics.add_inputs(x, Kronecker.needs)
+    statistics.add_gradients(x, gaussian(5, 6, seed=3), Kronecker.needs)
+    weighting = Kronecker().weighting(statistics)
+    seen = matrix @ torch.linalg.pinv(x) @ x  # the same on every row that was seen
+    assert weighting.norm2(matrix - seen) > 0.3 * weighting.norm2(matrix)
+
+
+def test_outputs_that_no_loss_reached_are_not_free() -> None:
+    x, g = gaussian(5, 8, seed=1), gaussian(5, 40, seed=3)
+    statistics = Statistics()
+    statistics.add_inputs(gaussian(100, 8, seed=2), Kronecker.needs)
+    for row, gradient in zip(x, g, strict=True):
+        statistics.add_gradients(row[None], gradient[None], Kronecker.needs)
+    weighting, matrix = Kronecker().weighting(statistics), gaussian(40, 8, seed=4)
+    unreached = matrix - g.T @ torch.linalg.pinv(g.T) @ matrix
+    assert weighting.norm2(unreached) > 0.3 * weighting.norm2(matrix)

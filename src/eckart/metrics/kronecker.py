@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from eckart.linalg.weighting import Weighting
 from eckart.linalg.whitening import psd_root
 from eckart.metrics.base import METRICS, Metric, covariance
@@ -19,8 +23,12 @@ class Kronecker(Metric):
     Half its square estimates the rise of the mean loss per token, in nats, so that errors of different layers can be
     added up. Targets are sampled from the model, which makes the expectation the Fisher matrix of its predictions.
 
+    Fewer rows than columns, or fewer terms of the loss than outputs, show some directions only, and the others are not
+    free of loss: such a covariance is mixed with a multiple of the identity of equal trace, in the share of columns
+    that nothing seen stands for.
+
     Args:
-        damping: of both covariances, relative to their mean diagonals.
+        damping: of the covariance of gradients, relative to its mean diagonal.
         centred: take the inputs about their mean, and let the bias carry what the mean loses.
     """
 
@@ -32,5 +40,14 @@ class Kronecker(Metric):
 
     def weighting(self, statistics: Statistics, where: str = "") -> Weighting:
         C, mean = covariance(statistics, self.centred, where)
-        G = statistics.mean("grad_outer", where)
+        C = shrunk(C, statistics.tokens)
+        G = shrunk(statistics.mean("grad_outer", where), int(statistics.sums["grad_tokens"]))
         return Weighting(psd_root(G, self.damping, name=where), psd_root(C, 1e-9, name=where), mean)
+
+
+def shrunk(C: Float[Tensor, "n n"], seen: int) -> Float[Tensor, "n n"]:
+    """(1 - s) C + s tr(C) / n I with s = 1 - seen / n; C itself where that is not positive."""
+    share = max(0.0, 1 - seen / len(C))
+    if not share:
+        return C
+    return (1 - share) * C + share * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
