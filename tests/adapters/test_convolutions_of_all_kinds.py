@@ -16,6 +16,7 @@ from peft import PeftModel
 from test_hydra import stirred
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from eckart import adapters
@@ -268,6 +269,16 @@ def test_embeddings_and_transposed_convolutions_are_refused(key: str) -> None:
     for name, words in (("table", "an embedding .*'lora'"), ("back", "a transposed convolution")):
         with pytest.raises(ValueError, match=rf"^{name} is {words}.*modules_to_save=\['{name}'\]"):
             adapters.adapt(Words(), key, target_modules=[name], **given)
+
+
+class Padded(nn.Conv1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (1, 0)))
+
+
+def test_convolutions_with_a_forward_pass_of_their_own_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^0 is a Padded, whose forward pass is its own"):
+        adapters.adapt(nn.Sequential(Padded(4, 4, 2)), "lora_c", rank=2, target_modules=["0"])
 
 
 def test_embeddings_have_other_ways() -> None:

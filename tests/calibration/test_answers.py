@@ -11,6 +11,7 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
+import eckart
 import tiny
 from eckart.calibration.answers import Answer
 from eckart.calibration.calibrate import Request, calibrate
@@ -110,6 +111,35 @@ def test_only_models_that_foretell_words_have_a_loss() -> None:
         if answer.next_words is None:
             with pytest.raises(ValueError, match="foretells no next words"):
                 answer.losses()
+
+
+def classifier(*more: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), *more)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [(classifier(), True), (classifier(nn.ReLU()), True), (classifier(nn.LayerNorm(5)), False),
+     (classifier(nn.Linear(5, 1)), False), (nn.Sequential(classifier(), nn.Flatten(0)), False)],
+    ids=["head", "and no weights after it", "norm", "one class", "another width"],
+)  # fmt: skip
+def test_a_tensor_is_logits_where_the_last_layer_puts_it_out(model: nn.Module, words: bool) -> None:
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    assert Answer.of(model, model(x), {}).words == words
+
+
+def test_a_compressed_head_still_puts_out_logits() -> None:
+    model, x = classifier(), torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    eckart.compress(model, form="low_rank(rank=1)", targets="2", budget="1KB")
+    assert str(model[2].matrix.form).startswith("low_rank")
+    assert Answer.of(model, model(x), {}).words
+
+
+def test_one_logit_is_no_distribution() -> None:
+    model = tf.BertForSequenceClassification(tf.BertConfig(**{**tiny.build("bert").config.to_diff_dict(), "num_labels": 1}))  # fmt: skip # noqa: E501
+    answer, moved = (Answer.of(model, model(**batch), batch) for batch in tiny.batches()[:2])
+    assert not answer.words
+    assert (moved.divergence(answer) > 0).all()
 
 
 def test_what_has_no_answer_is_named() -> None:

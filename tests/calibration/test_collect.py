@@ -65,10 +65,13 @@ def autograd(model: nn.Module, batches: list[dict[str, Any]], names: list[str], 
         F.cross_entropy(logits[counts], targets[counts], reduction="sum").backward()
         for name in names:
             weight = model.get_submodule(name).weight.grad
-            squares = (weight if isinstance(model.get_submodule(name), nn.Linear) else weight.T).double().square()
+            D = (weight if isinstance(model.get_submodule(name), nn.Linear) else weight.T).double()
+            squares = D.square()
             g = outputs[name].grad.reshape(-1, squares.shape[0])[real.reshape(-1)].double()
+            d = g.sum(0)
             sums = {"examples": 1.0, "fisher": squares, "fisher_in": squares.sum(0), "fisher_out": squares.sum(1),
-                    "grad_tokens": float(counts.sum()), "grad_outer": g.T @ g}  # fmt: skip
+                    "grad_tokens": float(counts.sum()), "grad_outer": g.T @ g,
+                    "whole_gradients": torch.cat([D.T @ d, squares.sum()[None], d.square().sum()[None]])}  # fmt: skip
             found[name].merge(Statistics({k: torch.as_tensor(v).double() for k, v in sums.items()}))
     for handle in handles:
         handle.remove()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
@@ -239,6 +240,30 @@ def test_an_embedding_with_its_own_ideas_is_left_alone() -> None:
 
     with pytest.raises(TypeError, match="Noisy adds something of its own"):
         drop_in(Noisy(12, 10), FORMS[0].fit(gaussian(12, 10)))
+
+
+class Padded(nn.Conv2d):
+    """Pads by itself, as those of TensorFlow do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (0, 1, 0, 1)))
+
+
+class Router(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).topk(2).values
+
+
+class Named(nn.Linear):
+    """Does nothing of its own."""
+
+
+def test_layers_that_do_more_than_their_class_are_left_alone() -> None:
+    assert kind_of(Padded(3, 8, 3)) is None
+    assert kind_of(Router(4, 4)) is None
+    assert kind_of(Named(4, 4)) == "linear"
+    assert kind_of(FalconLinear(4, 4)) == "linear"
+    assert kind_of(torch.nn.utils.parametrizations.weight_norm(conv2d())) == "conv2d"
 
 
 def test_a_stand_in_of_no_known_kind_cannot_be_saved_or_loaded() -> None:

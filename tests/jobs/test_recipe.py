@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 import eckart
 import mixtures
 import tiny
@@ -20,3 +24,20 @@ def test_weights_that_no_form_can_stand_for_are_listed_as_dense() -> None:
             assert layer.part == block
             assert layer.bytes == layer.dense_bytes == 4 * own[layer.name].numel()
             assert "no layer that a form can stand for" in str(layer.note)
+
+
+class Padded(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (0, 1, 0, 1)))
+
+
+def test_a_layer_with_a_forward_pass_of_its_own_is_left_and_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Padded(3, 8, 2, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.Flatten(), nn.Linear(256, 4))
+    x = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(1))
+    before = model(x)
+    result = eckart.compress(model, "gptq", budget="2KB", data=[{"input": x}]).result
+    assert type(model[0]) is Padded
+    notes = {layer.name: str(layer.note) for layer in result.layers}
+    assert "Padded is no layer that a form can stand for" in notes["0.weight"]
+    assert model(x).shape == before.shape

@@ -26,7 +26,8 @@ def statistics_of(x: Tensor) -> Statistics:
     gradients = probabilities - torch.nn.functional.one_hot(labels, CLASSES)
     statistics = Statistics()
     statistics.add_inputs(x, Kronecker.needs)
-    statistics.add_gradients(x, gradients, Kronecker.needs)
+    for rows, slopes in zip(x.split(20), gradients.split(20), strict=True):
+        statistics.add_gradients(rows, slopes, Kronecker.needs)
     return statistics
 
 
@@ -60,7 +61,26 @@ def test_moving_the_mean_into_the_bias_costs_less() -> None:
 
 def test_targets_are_drawn_from_the_model() -> None:
     assert Kronecker.labels == "model"
-    assert Kronecker.needs == {"outer", "x", "grad_outer"}
+    assert Kronecker.needs == {"outer", "x", "grad_outer", "whole_gradients"}
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_errors_of_rows_that_are_pooled_add_up(rows: int) -> None:
+    """Rows of one example share most of what they are; its answer is made of their mean."""
+    examples, per = 3000, (rows, IN)
+    shared = gaussian(examples, 1, IN, seed=2)
+    x = shared + 0.3 * gaussian(examples, *per, seed=3)
+    pooled = x.mean(1)
+    probabilities = torch.softmax(pooled @ W.T, -1)
+    labels = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(5))[:, 0]
+    slopes = (probabilities - torch.nn.functional.one_hot(labels, CLASSES)) / rows
+    statistics = Statistics()
+    for inputs, slope in zip(x, slopes, strict=True):
+        statistics.add_inputs(inputs, Kronecker.needs)
+        statistics.add_gradients(inputs, slope.expand(rows, CLASSES), Kronecker.needs, terms=1)
+    delta = 0.01 * gaussian(CLASSES, IN, seed=10)
+    rise = rise_of_the_loss(pooled, delta, torch.zeros(CLASSES, dtype=torch.float64))
+    assert Kronecker(centred=False).weighting(statistics).norm2(delta) / 2 == pytest.approx(rise, rel=0.15)
 
 
 def test_directions_that_no_row_shows_are_not_free() -> None:

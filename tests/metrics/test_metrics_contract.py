@@ -55,6 +55,8 @@ class TestMetrics(MetricContract):
                 inputs = centred if metric.centred else rows
                 found = (gradients @ delta @ inputs.T).square().mean()
                 found += metric.damping * gradients.square().mean() * (delta @ inputs.T).square().sum(0).mean()
+                whole = torch.einsum("eto,eti->eoi", g, inputs.view_as(x)).square().sum() / len(rows)
+                found *= whole / (gradients.square().sum(1).mean() * inputs.square().sum(1).mean())
             case _:
                 return None
         return float(found)

@@ -20,7 +20,13 @@ def is_convolution(module: nn.Module | None) -> TypeGuard[Convolution]:
 
 def carries(module: nn.Module) -> bool:
     """Whether a layer multiplies by a matrix, or slides one, that an adapter could change."""
-    return is_convolution(module) or layers.kind_of(module) in ("linear", "conv1d")
+    if is_convolution(module):
+        return layers.forward_is_of(module, _torch_class(module))
+    return layers.kind_of(module) in ("linear", "conv1d")
+
+
+def _torch_class(module: Convolution) -> type[Convolution]:
+    return next(cls for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, cls))
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
@@ -46,6 +52,8 @@ def laid_out(module: nn.Module, W: Float[Tensor, "out in"]) -> Tensor:
 def described(module: nn.Module) -> str:
     """What a layer is, for errors, such as `a grouped convolution (Conv2d, groups=4)`."""
     name = type(module).__name__
+    if (is_convolution(module) or isinstance(module, nn.Linear)) and not carries(module):
+        return f"a {name}, whose forward pass is its own"
     if is_convolution(module):
         return f"a grouped convolution ({name}, groups={module.groups})" if module.groups > 1 else f"a convolution ({name})"  # fmt: skip # noqa: E501
     if isinstance(module, _ConvNd):

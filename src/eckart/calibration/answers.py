@@ -2,7 +2,8 @@
 
 A model with logits answers with a distribution over words or classes at every position. One without answers with
 features: a Gaussian about them, whose variance is their squared length, so that the divergence of two answers is half
-the squared relative distance.
+the squared relative distance. A plain tensor is taken for logits where the layer that the model holds last puts it out,
+as classifiers do; encoders end in a norm or in no weights. A single logit is a feature: one class has no distribution.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.calibration.stream import Batch
+from eckart.forms.layers import kind_of, matrix_shape
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Answer:
         logits: Tensor | None = getattr(output, "logits", None)
         values = logits if logits is not None else getattr(output, "last_hidden_state", None)
         if values is None and isinstance(output, Tensor):
-            values = output
+            values, logits = output, output if _ends_in_head(model, output.shape[-1]) else None
         if values is None:
             raise ValueError(f"{type(model).__name__} puts out neither logits nor a last hidden state, by which it could be judged")  # fmt: skip # noqa: E501
         ids, mask = batch.get("decoder_input_ids", batch.get("input_ids")), batch.get("attention_mask")
@@ -49,7 +51,7 @@ class Answer:
         if isinstance(mask, Tensor) and mask.shape == positions:
             real = mask.bool()
         foretells = logits is not None and isinstance(ids, Tensor) and ids.shape == positions and _generates(model)
-        return cls(values.float(), logits is not None, ids if foretells else None, real)
+        return cls(values.float(), logits is not None and logits.shape[-1] > 1, ids if foretells else None, real)
 
     def divergence(self, wanted: Answer) -> Float[Tensor, "*positions"]:
         """KL(wanted || this) of every position."""
@@ -84,6 +86,19 @@ class Answer:
     @staticmethod
     def _variance(values: Tensor) -> Tensor:
         return values.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _ends_in_head(model: nn.Module, width: int) -> bool:
+    """Whether the last of the modules that hold weights is a layer that puts out so many numbers."""
+    last, within = None, "."
+    for name, module in model.named_modules():
+        if name.startswith(within):
+            continue  # what a factored layer is made of
+        if kind_of(module) is not None:
+            last, within = module, f"{name}." if name else ""
+        elif next(module.parameters(recurse=False), None) is not None:
+            last = module
+    return last is not None and kind_of(last) not in (None, "embedding") and matrix_shape(last)[0] == width
 
 
 def _generates(model: nn.Module) -> bool:

@@ -185,17 +185,32 @@ def patches(x: Float[Tensor, "*batch in h w"], conv: nn.Conv2d) -> Float[Tensor,
     return rows[0] if single else rows
 
 
+EQUAL_FORWARDS = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+"""Classes whose forward pass is their own, and computes what torch's does."""
+
+
 def kind_of(module: nn.Module) -> str | None:
-    """`linear`, `conv1d`, `embedding` or `conv2d`; None for what cannot be replaced (grouped convolutions too)."""
+    """`linear`, `conv1d`, `embedding` or `conv2d`; None for what cannot be replaced.
+
+    That are grouped convolutions, and layers that do more than their class is known for: routers, convolutions that pad
+    by themselves or scale their kernel.
+    """
     if isinstance(module, Conv1D):
         return "conv1d"
     if isinstance(module, nn.Linear):
-        return "linear"
+        return "linear" if forward_is_of(module, nn.Linear) else None
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.Conv2d) and module.groups == 1:
-        return "conv2d"
+        return "conv2d" if forward_is_of(module, nn.Conv2d) else None
     return None
+
+
+def forward_is_of(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether a module of a subclass computes what one of the base class does; stand-ins do."""
+    cls = type(module)
+    own = isinstance(module, StandIn) or f"{cls.__module__}.{cls.__qualname__}" in EQUAL_FORWARDS
+    return own or cls.forward is base.forward
 
 
 def matrix_shape(module: nn.Module) -> Shape:

@@ -18,10 +18,12 @@ from eckart.metrics.statistics import Statistics
 @METRICS.word("kronecker")
 @dataclass(frozen=True)
 class Kronecker(Metric):
-    """|| Lᵀ (W - Ŵ) R ||_F with L Lᵀ = E[g gᵀ] of output gradients and R Rᵀ the covariance of inputs.
+    """|| Lᵀ (W - Ŵ) R ||_F with L Lᵀ ∝ E[g gᵀ] of output gradients and R Rᵀ the covariance of inputs.
 
     Half its square estimates the rise of the mean loss per token, in nats, so that errors of different layers can be
     added up. Targets are sampled from the model, which makes the expectation the Fisher matrix of its predictions.
+    Factors alone take the rows of an example for independent, and where an answer is made of many rows, as by pooling,
+    their errors add up to much more: L is scaled so that the metric has the trace of the gradients of whole examples.
 
     Fewer rows than columns, or fewer terms of the loss than outputs, show some directions only, and the others are not
     free of loss: such a covariance is mixed with a multiple of the identity of equal trace, in the share of columns
@@ -35,13 +37,16 @@ class Kronecker(Metric):
     damping: float = 1e-2
     centred: bool = True
 
-    needs: ClassVar[frozenset[str]] = frozenset({"outer", "x", "grad_outer"})
+    needs: ClassVar[frozenset[str]] = frozenset({"outer", "x", "grad_outer", "whole_gradients"})
     labels: ClassVar[str] = "model"
 
     def weighting(self, statistics: Statistics, where: str = "") -> Weighting:
         C, mean = covariance(statistics, self.centred, where)
         C = shrunk(C, statistics.tokens)
         G = shrunk(statistics.mean("grad_outer", where), int(statistics.sums["grad_tokens"]))
+        apart = float(C.trace() * G.trace())
+        if apart > 0:
+            G *= statistics.gradient_norm2(mean, where) / apart
         return Weighting(psd_root(G, self.damping, name=where), psd_root(C, 1e-9, name=where), mean)
 
 

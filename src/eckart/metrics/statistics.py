@@ -17,7 +17,13 @@ TILE = 256
 INPUT_SUMS = frozenset({"x", "abs", "square", "outer"})
 EXPERT_SUMS = frozenset({"similarity", "routed", "expert_outer", "inner_outer"})
 FORWARD_SUMS = INPUT_SUMS | EXPERT_SUMS
-GRADIENT_SUMS = frozenset({"fisher", "fisher_in", "fisher_out", "grad_outer"})
+GRADIENT_SUMS = frozenset({"fisher", "fisher_in", "fisher_out", "grad_outer", "whole_gradients"})
+
+COUNTED = {
+    "fisher": "examples", "fisher_in": "examples", "fisher_out": "examples",
+    "grad_outer": "grad_tokens", "whole_gradients": "grad_tokens",
+}  # fmt: skip
+"""What the sums over gradients are divided by for a mean; all others, by rows."""
 
 
 @dataclass
@@ -35,7 +41,8 @@ class Statistics:
             `examples` () sequences seen by the backward pass, `fisher` (out, in) squared per-example gradients,
             `fisher_in` (in,) and `fisher_out` (out,) the same summed over the other side, `grad_tokens` () terms of
             their losses and `grad_outer` (out, out) of g gᵀ, g being the gradient of the summed loss with respect to
-            one output row.
+            one output row; `whole_gradients` (in + 2,) the sums over examples, with D = Σ g xᵀ and d = Σ g over the
+            rows of each, of Dᵀ d, |D|² and |d|².
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -77,9 +84,14 @@ class Statistics:
             self._add("fisher_out", squared.sum(1, dtype=torch.float64))
             if "fisher" in needs:
                 self._add("fisher", squared)  # in float32: as large as the weight itself
-        if "grad_outer" in needs:
+        if needs & {"grad_outer", "whole_gradients"}:
             self._add("grad_tokens", torch.tensor(float(g.shape[0] if terms is None else terms), dtype=torch.float64))
+        if "grad_outer" in needs:
             self._add_outer("grad_outer", g)
+        if "whole_gradients" in needs:
+            D, d = g.T @ x, g.sum(0)
+            norms = torch.stack([D.double().square().sum(), d.double().square().sum()])
+            self._add("whole_gradients", torch.cat([(D.T @ d).double(), norms]))
 
     def _add_outer(self, name: str, rows: Float[Tensor, "n width"]) -> None:
         """Add rowsᵀ rows, of which only tiles on and below the diagonal are computed; the sum is exactly symmetric."""
@@ -100,6 +112,14 @@ class Statistics:
         else:
             self.sums[name] = value.clone()
 
+    def gradient_norm2(self, mean: Float[Tensor, " in"] | None, where: str = "") -> float:
+        """E |Σ g (x - mean)ᵀ|² over terms of the loss, the sum over all rows of an example; `mean` None is zero."""
+        sums = self.mean("whole_gradients", where)
+        whole, bias = sums[-2:].tolist()
+        if mean is None:
+            return float(whole)
+        return max(0.0, whole - 2 * float(sums[:-2] @ mean.to(sums)) + float(mean.square().sum()) * bias)
+
     def merge(self, other: Statistics) -> None:
         """Add the sums of another shard of the data."""
         for name, value in other.sums.items():
@@ -113,7 +133,7 @@ class Statistics:
 
     def mean(self, name: str, where: str = "", dtype: torch.dtype | None = None) -> Tensor:
         """The sum called `name`, divided by what it counts. Raises `ValueError` that says what was not collected."""
-        counter = "examples" if name.startswith("fisher") else "grad_tokens" if name == "grad_outer" else "tokens"
+        counter = COUNTED.get(name, "tokens")
         if name not in self.sums or counter not in self.sums or float(self.sums[counter]) == 0:
             raise ValueError(f"{where or 'a layer'} has no statistics {name!r}: calibrate on data that reaches it")
         found = torch.empty_like(self.sums[name], dtype=dtype).copy_(self.sums[name])
