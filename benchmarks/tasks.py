@@ -190,8 +190,8 @@ class Speech(Task):
 class Images(Task):
     """KL(original || compressed) in nats for a picture, and the share of pictures with the same first class.
 
-    The pictures are crops of a few photographs, at scales of 0.3 to 1, mirrored or not; calibration has other
-    photographs than those that are judged on.
+    The pictures are crops of photographs, at scales of 0.3 to 1, mirrored or not: of ten for calibration (greys among
+    them, the moon, a retina), and of four others to be judged on.
     """
 
     columns: ClassVar = {"KL": "{:.4f}", "top-1": "{:.1%}"}
@@ -209,7 +209,7 @@ class Images(Task):
     def crops(self, names: Sequence[str], count: int, seed: int) -> Float[Tensor, "count 3 224 224"]:
         """Squares of the photographs, evenly many of each."""
         generator = torch.Generator().manual_seed(seed)
-        photographs = [photograph(pictures() / f"{name}.png") for name in names]
+        photographs = [photograph(pictures() / name) for name in names]
         made = []
         for i, (scale, top, left, mirrored) in enumerate(torch.rand(count, 4, generator=generator).tolist()):
             picture = photographs[i % len(photographs)]
