@@ -20,6 +20,8 @@ from eckart.checkpoint.folder import Folder
 from eckart.checkpoint.source import resolve
 from eckart.compression import method_for
 from eckart.compression.auto import label, simple
+from eckart.compression.mixed import bearable
+from eckart.forms import Curve, Dense, Quantized
 from eckart.jobs import Method, Plan
 from eckart.jobs.engine import Engine
 
@@ -139,6 +141,16 @@ def test_auto_takes_the_candidate_with_the_least_loss_on_text_set_aside(
     lost = divergence_of(model, tiny.build("llama"), batches[-1:])
     assert lost == pytest.approx(tried[plan.extra["chosen"]], rel=1e-3)
     assert math.isfinite(lost)
+
+
+def test_what_would_destroy_the_model_is_tried_on_the_least_of_its_layers() -> None:
+    def curve(lost: float) -> Curve:
+        return Curve([Quantized(bits=1), Dense()], [10, 100], [2 * lost, 0.0], 1.0)
+
+    curves = {"a": curve(0.3), "b": curve(0.1), "c": curve(0.3), "d": curve(4.0)}
+    assert bearable(dict.fromkeys(curves, 0), curves) == {"a": 0, "b": 0, "c": 1, "d": 1}
+    alone = {"d": curves["d"]}
+    assert bearable({"d": 0}, alone) == {"d": 0}  # one there must be
 
 
 def test_a_model_without_logits_is_judged_by_its_features() -> None:

@@ -28,6 +28,8 @@ SHARES = (1.0, 1.5)
 """At which multiples of the budget's share a kind of form is tried."""
 SCALES = 0.3
 """Bits for each weight that the scales and zero points of groups of 64 take, about."""
+BEARABLE = 0.5
+"""Nats that a plan which is tried for one kind of form is predicted to cost at most."""
 NOTHING = 1e-9
 """Nats that are no divergence at all."""
 
@@ -166,6 +168,7 @@ class Mixed(Recipe):
         moved = False
         for multiple in SHARES:
             choice = _of_one_kind(layers, curves, owners, kind, multiple * _share(job))
+            choice = bearable(choice, curves) if kind[0] == LAYERS else choice  # the others' errors are no nats
             treated = [n for n, i in choice.items() if not isinstance(curves[n].forms[i], Dense)]
             predicted = sum(curves[n].errors[choice[n]] for n in treated) / 2
             if choice in tried or not predicted > 0:
@@ -238,3 +241,18 @@ def _of_one_kind(
         else:
             choice[name] = len(curve) - 1
     return choice
+
+
+def bearable(choice: dict[str, int], curves: Mapping[str, Curve]) -> dict[str, int]:
+    """The choice with as many weights left dense, the worst first, as keeps its predicted loss below `BEARABLE`.
+
+    A model that is destroyed says nothing of its weights: its loss is the same whatever was done to them, and forms
+    that ruin every one would look cheap for each.
+    """
+    kept, total = {n: len(curves[n]) - 1 for n in choice}, 0.0
+    for name in sorted(choice, key=lambda n: curves[n].errors[choice[n]]):
+        total += curves[name].errors[choice[name]] / 2
+        if total > BEARABLE and any(kept[n] < len(curves[n]) - 1 for n in kept):
+            break
+        kept[name] = choice[name]
+    return kept
