@@ -78,6 +78,8 @@ DIALS: dict[str, Callable[[int], dict[str, Any]]] = {
 """The settings of a size, where they are not its rank alone; intervals fit so short a run."""
 RANKED = ("adalora", "diffora", "eva", "increlora", "sora")
 """Methods that move or cut ranks: they get LoRA's rank, as the mean that they end with or the most that they have."""
+STARTING = {"eva": 16}
+"""Batches that a start is made from, where 4 are too few: EVA's directions do not come to rest on them."""
 ELSEWHERE = (
     "dp_lora", "fedsvd", "loku", "compress_then_prompt", "explora",  # other tasks than learning a text
     "welore_tune", "lq_lora_start", "eora_start",  # of compressed models
@@ -275,7 +277,7 @@ def put(task: Task, name: str, value: int | None, seed: int, rank: int) -> nn.Mo
     else:
         torch.manual_seed(seed)
     with noting():
-        return adapters.adapt(model, name, data=list(task.batches(4, seed)), **words)
+        return adapters.adapt(model, name, data=list(task.batches(STARTING.get(name, 4), seed)), **words)
 
 
 def adapter_class(name: str) -> Any:
@@ -302,10 +304,14 @@ def dial(task: Task, name: str, budget: int, rank: int) -> int | None:
 
 def one(task: Task, name: str, value: int | None, lr: float, seed: int, rank: int, part: str, a: argparse.Namespace) -> dict[str, Any]:  # fmt: skip # noqa: E501
     """Train once and judge; what goes wrong is part of the result."""
-    adapted = put(task, name, value, seed, rank)
+    found: dict[str, Any] = {"lr": lr, "seed": seed, "dial": value}
+    try:
+        adapted = put(task, name, value, seed, rank)
+    except (RuntimeError, ValueError) as error:
+        return found | {"error": f"{type(error).__name__}: {error}"}
     schedule = adapters.schedule(adapted) if hasattr(adapted, "peft_config") else Schedule()
     head = task.wrapped(adapted, seed)
-    found: dict[str, Any] = {"lr": lr, "seed": seed, "trained": count(adapted), "dial": value}
+    found["trained"] = count(adapted)
     optimizer = torch.optim.AdamW(trained(head), lr, weight_decay=0.0)
     schedule.begin(optimizer, a.steps)
     head.train()
