@@ -78,8 +78,9 @@ class Statistics:
         """
         x, g = (as_multiplied(t.detach().reshape(-1, t.shape[-1])) for t in (x, g))
         self._add("examples", torch.tensor(1.0, dtype=torch.float64))
-        if needs & {"fisher", "fisher_in", "fisher_out"}:
-            squared = (g.T @ x).square()
+        D = g.T @ x if needs & {"fisher", "fisher_in", "fisher_out", "whole_gradients"} else None
+        if D is not None and needs & {"fisher", "fisher_in", "fisher_out"}:
+            squared = D.square()
             self._add("fisher_in", squared.sum(0, dtype=torch.float64))
             self._add("fisher_out", squared.sum(1, dtype=torch.float64))
             if "fisher" in needs:
@@ -88,8 +89,8 @@ class Statistics:
             self._add("grad_tokens", torch.tensor(float(g.shape[0] if terms is None else terms), dtype=torch.float64))
         if "grad_outer" in needs:
             self._add_outer("grad_outer", g)
-        if "whole_gradients" in needs:
-            D, d = g.T @ x, g.sum(0)
+        if D is not None and "whole_gradients" in needs:
+            d = g.sum(0)
             norms = torch.stack([D.double().square().sum(), d.double().square().sum()])
             self._add("whole_gradients", torch.cat([(D.T @ d).double(), norms]))
 
