@@ -463,8 +463,9 @@ def main() -> None:
     parser.add_argument("--bfloat16", action="store_true", help="train under bfloat16 autocast")
     parser.add_argument("--quick", action="store_true", help="a few windows, two steps, one rate, one seed")
     a = parser.parse_args()
+    a.rates.sort()
     if a.quick:
-        a.steps, a.rates, a.seeds, a.ranks = 2, a.rates[2:3], a.seeds[:1], a.ranks[:1]
+        a.steps, a.rates, a.seeds, a.ranks = 2, a.rates[len(a.rates) // 2 :][:1], a.seeds[:1], a.ranks[:1]
     if a.threads:
         torch.set_num_threads(a.threads)
     console, report = Console(width=None if sys.stdout.isatty() else 160), opened(a)

