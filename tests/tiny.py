@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ import pytest
 import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
+from torch import distributed, nn
 
 from eckart import compress_to
 from eckart.jobs import Result
@@ -225,14 +228,39 @@ def _changes(event: str, args: tuple[Any, ...], watched: str) -> bool:
     return False
 
 
-def two_processes(work: Callable[..., None], folder: Path) -> None:
-    """Run `work(rank, port, folder)` for ranks 0 and 1, each in a process of its own, and see both end well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [forks().Process(target=work, args=(rank, port, str(folder))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0, 0]
+def benchmark(name: str) -> Any:
+    """A module of benchmarks/."""
+    file = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def two_processes(work: Callable[..., None], *given: Any) -> Iterator[None]:
+    """`work(rank, *given)` for ranks 0 and 1, each in a process of its own, while the body runs; both must end well."""
+    with tempfile.TemporaryDirectory() as meeting:
+        members = [forks().Process(target=_member, args=(meeting, work, rank, *given)) for rank in range(2)]
+        for member in members:
+            member.start()
+        try:
+            yield
+            for member in members:
+                member.join(120)
+            assert [member.exitcode for member in members] == [0, 0]
+        finally:
+            for member in members:
+                member.kill()
+                member.join()
+
+
+def _member(meeting: str, work: Callable[..., None], rank: int, *given: Any) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{meeting}/rendezvous", rank=rank, world_size=2)
+    work(rank, *given)
+    gc.collect()  # a parallel model that outlives its group destroys it under Python's lock, which can block for good
+    distributed.destroy_process_group()

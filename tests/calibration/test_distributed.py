@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import distributed
 
 import tiny
 from eckart.calibration.calibrate import Request, calibrate
@@ -40,27 +39,18 @@ def flat(found: dict[str, Statistics]) -> dict[str, torch.Tensor]:
 
 
 def worker(rank: int, folder: Path, tokens: Tokens) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     found = collected(tokens.shard(rank, WORLD), folder / f"hidden-{rank}")
     for statistics in found.values():
         statistics.all_reduce()
     save_file(flat(found), folder / f"rank-{rank}.safetensors")
-    distributed.destroy_process_group()
 
 
 def test_two_processes_on_two_shards_are_one_pass(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, tiny.VOCABULARY, (5, 9), generator=generator)
     tokens = Tokens(ids, torch.arange(9) < torch.tensor([9, 4, 9, 7, 9])[:, None])
-    context = tiny.forks()
-    processes = [context.Process(target=worker, args=(rank, tmp_path, tokens)) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    whole = flat(collected(tokens, tmp_path / "whole"))
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    with tiny.two_processes(worker, tmp_path, tokens):
+        whole = flat(collected(tokens, tmp_path / "whole"))
     ranks = [load_file(tmp_path / f"rank-{rank}.safetensors") for rank in range(WORLD)]
     assert ranks[0].keys() == ranks[1].keys() == whole.keys()
     for name, value in whole.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import importlib.util
 import os
 import subprocess
 import sys
@@ -163,6 +162,14 @@ def test_the_same_job_gives_the_same_bytes(made: Any, compress: Compress, tmp_pa
     for out in ("out", "again"):
         compress(made(), "lord", budget=0.8, out=out)
     assert tiny.hashes(tmp_path / "out") == tiny.hashes(tmp_path / "again")
+
+
+def test_the_folder_says_how_its_plan_was_found(made: Any, compress: Compress, tmp_path: Path) -> None:
+    result = compress(made("llama"), "auto", budget=0.7)
+    (remark,) = result.remarks
+    assert tiny.read_json(tmp_path / "out" / "eckart.json")["remarks"] == [remark]
+    assert remark[1:] in (tmp_path / "out" / "README.md").read_text()
+    assert result.advice()[0] == remark
 
 
 def test_a_dry_run_changes_nothing_and_plans_what_is_done(made: Any, compress: Compress, tmp_path: Path) -> None:
@@ -328,22 +335,11 @@ def test_a_read_only_target(made: Any, compress: Compress, mount: Callable[[str]
     assert tiny.hashes(folder) == before
 
 
-def benchmark(name: str) -> Any:
-    """A module of benchmarks/."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a torch with CUDA is itself larger than the limit")
 def test_a_model_larger_than_memory(tmp_path: Path) -> None:
     """Held by the kernel to 0.76 of the model's float32 bytes, of which Python and torch take more than half."""
-    bench = benchmark("larger_than_memory")
+    bench = tiny.benchmark("larger_than_memory")
     size = dataclasses.replace(bench.SMALL, blocks=32)
     figures = bench.measure(tmp_path, size, size.limit, "svd_llm")
     assert figures["exit code"] == 0, figures["said"]

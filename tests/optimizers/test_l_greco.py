@@ -538,9 +538,7 @@ def counted(sent: list[int]) -> None:
 
 
 def worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     warnings.simplefilter("error", NoPlan)
-    distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     weights, told, sent = {}, {}, []
     counted(sent)
     for name, compressor in RUNS.items():
@@ -570,7 +568,6 @@ def worker(rank: int, folder: Path) -> None:
     weights |= {f"torch.{n}": p.detach().clone() for n, p in ddp.module.named_parameters()}
     save_file(weights, folder / f"rank-{rank}.safetensors")
     (folder / f"rank-{rank}.json").write_text(json.dumps(told))
-    distributed.destroy_process_group()
 
 
 def sharded(ddp: DDP, rank: int, steps: int = STEPS) -> list[float]:
@@ -590,13 +587,9 @@ def sharded(ddp: DDP, rank: int, steps: int = STEPS) -> list[float]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
     """Weights and figures of both processes."""
-    folder, context = tmp_path_factory.mktemp("two"), tiny.forks()
-    processes = [context.Process(target=worker, args=(rank, folder)) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    folder = tmp_path_factory.mktemp("two")
+    with tiny.two_processes(worker, folder):
+        pass
     return [
         (load_file(folder / f"rank-{rank}.safetensors"), json.loads((folder / f"rank-{rank}.json").read_text()))
         for rank in range(WORLD)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from drive import parameter, reloaded
 from safetensors.torch import load_file, save_file
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -42,8 +42,6 @@ def run(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def worker(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     mesh = init_device_mesh("cpu", (WORLD,))
     found = {}
     for name in optimizers(model()):
@@ -56,22 +54,15 @@ def worker(rank: int, folder: Path) -> None:
             assert all(optimizer.state[p]["exp_avg"].shape == p.to_local().shape for p in net[3].parameters())
         found |= {f"{name}.{n}": p.full_tensor().detach().clone() for n, p in net.named_parameters()}
     save_file(found, folder / f"rank-{rank}.safetensors")
-    distributed.destroy_process_group()
 
 
 def test_sharded_parameters_are_updated_as_whole_ones(tmp_path: Path) -> None:
-    context = tiny.forks()
-    processes = [context.Process(target=worker, args=(rank, tmp_path)) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
     whole = {}
-    for name in optimizers(model()):
-        net = model()
-        run(net, optimizers(net)[name])
-        whole |= {f"{name}.{n}": p.detach() for n, p in net.named_parameters()}
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    with tiny.two_processes(worker, tmp_path):
+        for name in optimizers(model()):
+            net = model()
+            run(net, optimizers(net)[name])
+            whole |= {f"{name}.{n}": p.detach() for n, p in net.named_parameters()}
     for rank in range(WORLD):
         found = load_file(tmp_path / f"rank-{rank}.safetensors")
         assert found.keys() == whole.keys()
