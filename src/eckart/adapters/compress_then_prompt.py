@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel, PromptTuningConfig, TaskType
 from torch import Tensor, nn
 
 from eckart.adapters.native import Native, drawn_from, put
+from eckart.calibration.rounds import rounds
 from eckart.calibration.stream import Batch
 from eckart.registry import method
 from eckart.settings import check_whole
@@ -96,15 +97,13 @@ def learn_prompt(
     optimizer = torch.optim.AdamW([prompt], learning_rate, weight_decay=weight_decay)
     rise = min(warmup, steps // 2)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / (rise + 1), (steps - s) / (steps - rise)))  # fmt: skip # noqa: E501
-    generator = torch.Generator().manual_seed(seed)
+    order = rounds(len(data), torch.Generator().manual_seed(seed))
     best, kept, told, recent = math.inf, None, [], []
-    order: list[int] = []
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
         model.eval()  # dropout of a model that is used without would be noise to the prompt alone
         for step in range(1, steps + 1):
-            order = order or torch.randperm(len(data), generator=generator).tolist()
-            loss = word_loss(model, data[order.pop()])
+            loss = word_loss(model, data[next(order)])
             if not bool(loss.isfinite()):
                 raise RuntimeError(f"the loss at step {step} is not finite: check the model and the data, or lower the learning rate")  # fmt: skip # noqa: E501
             (prompt.grad,) = _gradient(loss, prompt)

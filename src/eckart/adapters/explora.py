@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from eckart.adapters.matching import inner
 from eckart.adapters.native import BESIDE, Native, put
+from eckart.calibration.rounds import rounds
 from eckart.calibration.stream import Batch
 from eckart.calibration.subject import block_names
 from eckart.forms.layers import kind_of
@@ -188,8 +189,7 @@ def pretrain(
         return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * min(1.0, through)))
 
     follows = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
+    order = rounds(len(data), torch.Generator().manual_seed(seed))
     losses: list[float] = []
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
@@ -197,8 +197,7 @@ def pretrain(
         torch.manual_seed(seed)
         model.train()
         for step in range(1, steps + 1):
-            order = order or torch.randperm(len(data), generator=generator).tolist()
-            loss = objective(model, data[order.pop()])
+            loss = objective(model, data[next(order)])
             if not bool(loss.isfinite()):
                 raise RuntimeError(f"the loss at step {step} is not finite: check the data, or lower the learning rate")
             loss.backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.adapters.adapt import schedule
+from eckart.calibration.rounds import rounds
 from eckart.calibration.stream import Batch
 from eckart.schedules import Schedule
 
@@ -150,12 +152,9 @@ def pairs(
     All batches to retain have come before one comes again.
     """
     generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    for _ in range(epochs):
-        for i in torch.randperm(len(forget), generator=generator).tolist():
-            if retain and not waiting:
-                waiting = torch.randperm(len(retain), generator=generator).tolist()
-            yield forget[i], retain[waiting.pop()] if retain else None
+    kept = rounds(len(retain), generator)
+    for i in islice(rounds(len(forget), generator), epochs * len(forget)):
+        yield forget[i], retain[next(kept)] if retain else None
 
 
 @torch.no_grad()

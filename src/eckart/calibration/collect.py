@@ -53,7 +53,7 @@ class Collector:
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = _first(args, kwargs)
+            x = first_input(args, kwargs)
             if isinstance(module, nn.Embedding):
                 return self._count(name, module, x)
             if stack_of(module) is not None:
@@ -73,12 +73,12 @@ class Collector:
         if low < 0 or high >= rows:
             raise ValueError(f"{name} has rows 0 to {rows - 1} and is asked for {low} to {high}: check the data")
         self.leaders[name] = name
-        self.sums.setdefault(name, Statistics()).add_ids(ids, rows, _rows_of(ids[..., None], self.mask))
+        self.sums.setdefault(name, Statistics()).add_ids(ids, rows, mask_of_rows(ids[..., None], self.mask))
 
     def _route(self, name: str, module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, *_: Any, **__: Any) -> None:  # fmt: skip # noqa: E501
         if not all_finite(hidden_states):
             raise ValueError(f"{name} receives NaN or infinite activations: check the model and the data")
-        real = _rows_of(hidden_states, self.mask)
+        real = mask_of_rows(hidden_states, self.mask)
         keep = slice(None) if real is None else real
         self.leaders[name] = name
         add_experts(
@@ -90,7 +90,7 @@ class Collector:
             from eckart.forms.layers import patches
 
             return patches(x, module), self.needs, None
-        return x, self.needs, _rows_of(x, self.mask)
+        return x, self.needs, mask_of_rows(x, self.mask)
 
     def of(self, name: str) -> Statistics:
         """The statistics of a layer; empty where no data reached it."""
@@ -104,13 +104,13 @@ def _window(module: nn.Module) -> Any:
     return module.kernel_size, module.stride, module.padding, module.dilation
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a layer is called with, however it is passed."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
 
 
-def _rows_of(x: Tensor, mask: Tensor | None) -> Tensor | None:
+def mask_of_rows(x: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask (b, length) as it applies to inputs that keep both dimensions or have made one of them."""
     if mask is None or x.shape[:-1] == mask.shape:
         return mask
@@ -178,7 +178,7 @@ def _backward(
             from eckart.forms.layers import patches
 
             x, g = patches(x, module), g.movedim(1, -1).flatten(1, 2)
-        real = _rows_of(x, mask)
+        real = mask_of_rows(x, mask)
         keep = slice(None) if real is None else real
         sums[name].add_gradients(x[keep], g[keep], needs, terms)
     return torch.zeros_like(hidden) if found[0] is None else found[0]
@@ -193,7 +193,7 @@ def _watched(model: nn.Module, names: Iterable[str]) -> Iterator[Seen]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output.requires_grad_(True)  # nothing before it asks for a gradient
-            seen.append((name, _first(args, kwargs).detach(), output, module))
+            seen.append((name, first_input(args, kwargs).detach(), output, module))
             return output.clone()  # what comes after may write into it
 
         return hook

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eckart.calibration.collect import _first, _rows_of
+from eckart.calibration.collect import first_input, mask_of_rows
 from eckart.calibration.store import OUTSIDE
 from eckart.calibration.stream import Stream
 from eckart.forms.layers import matrix_shape, patches
@@ -37,7 +37,7 @@ def entering(model: nn.Module, names: Iterable[str], run: Callable[[], object], 
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[name] = _first(args, kwargs)
+            found[name] = first_input(args, kwargs)
             if name == last:
                 raise _Enough
 
@@ -83,7 +83,7 @@ def real_rows(module: nn.Module, x: Tensor, mask: Tensor | None) -> Float[Tensor
     """What a layer multiplies, row by row, without padding."""
     if isinstance(module, nn.Conv2d):
         return patches(x, module).flatten(0, -2)
-    real = _rows_of(x, mask)
+    real = mask_of_rows(x, mask)
     return x.flatten(0, -2) if real is None else x[real]
 
 

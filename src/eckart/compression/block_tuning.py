@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eckart.calibration.rounds import rounds
 from eckart.calibration.stream import Stream
 from eckart.forms import Dense, Factored, LowRank, Sum, drop_in
 from eckart.forms.algebra import Product, ProductMatrix, SumMatrix
@@ -18,7 +20,7 @@ from eckart.forms.base import stored
 from eckart.forms.dense import DenseMatrix
 from eckart.forms.layers import DropIn
 from eckart.forms.quantized_inputs import QuantizedInputs, QuantizedInputsMatrix
-from eckart.jobs.trial import _put_back
+from eckart.jobs.trial import swapped
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Tuning:
         learning += [p for norm in norms.values() for p in norm.parameters()]
         for p in learning:
             p.requires_grad_(True)
-        with _put_back(self.model, layers | norms), torch.enable_grad():
+        with swapped(self.model, layers | norms), torch.enable_grad():
             self._learn(learning, epochs, lr, draw)
         merged = {}
         for name, (_, low) in made.items():
@@ -109,7 +111,7 @@ class Tuning:
         """Mean squared error of what the block puts out with these in it."""
         computing = {name: copy.deepcopy(module).float() for name, module in modules.items()}
         total, count = 0.0, 0
-        with _put_back(self.model, computing), torch.no_grad():
+        with swapped(self.model, computing), torch.no_grad():
             for b in range(len(self.student.batches)):
                 apart = self._apart(b)
                 total, count = total + float(apart.double().square().sum()), count + apart.numel()
@@ -124,7 +126,7 @@ class Tuning:
         batches = len(self.student.batches)
         optimiser = torch.optim.AdamW(learning, lr=lr, weight_decay=0.0)
         falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / (epochs * batches))
-        for b in self._order(batches, epochs, draw):
+        for b in islice(rounds(batches, draw), epochs * batches):
             loss = self._apart(b).square().mean()
             if not bool(torch.isfinite(loss)):
                 raise RuntimeError(f"{self.student.blocks[self.part]}: the loss of batch {b} is {float(loss.detach())} while it is taught: lower lr, which is {lr}, or set epochs=0")  # fmt: skip # noqa: E501
@@ -133,11 +135,6 @@ class Tuning:
             optimiser.step()
             falling.step()
         optimiser.zero_grad()
-
-    @staticmethod
-    def _order(batches: int, epochs: int, draw: torch.Generator) -> Iterator[int]:
-        for _ in range(epochs):
-            yield from torch.randperm(batches, generator=draw).tolist()
 
     def _apart(self, batch: int) -> Float[Tensor, "rows width"]:
         """What the block puts out less what it should, without padding."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eckart.allocation import Allocator, Optimal
+from eckart.calibration.rounds import rounds
 from eckart.calibration.stream import Batch
 from eckart.compression.compensated import WithLowRank
 from eckart.forms import Form, LowRank, Quantized
@@ -75,12 +77,12 @@ def recover(
     for p in learning:
         p.requires_grad_(True)
     optimiser = torch.optim.AdamW(learning, lr=lr, weight_decay=weight_decay)
-    draw, means = torch.Generator().manual_seed(seed), []
+    order, means = rounds(len(batches), torch.Generator().manual_seed(seed)), []
     try:
         with torch.enable_grad():
             for _ in range(epochs):
                 total = 0.0
-                for i in torch.randperm(len(batches), generator=draw).tolist():
+                for i in islice(order, len(batches)):
                     loss = _loss(model, original, batches[i], kl, ce)
                     if not bool(torch.isfinite(loss)):
                         raise RuntimeError(f"the loss of batch {i} is {float(loss.detach())}: lower lr, which is {lr}")

@@ -26,7 +26,7 @@ from eckart.forms.quantized_inputs import QuantizedInputs
 from eckart.forms.reassembly import Reassembly
 from eckart.jobs.method import Job, Method
 from eckart.jobs.plan import Layer, Plan
-from eckart.jobs.trial import _put_back
+from eckart.jobs.trial import swapped
 from eckart.linalg.reassembling import Channels, candidates
 from eckart.linalg.whitening import all_finite, check_finite
 from eckart.registry import method
@@ -144,7 +144,7 @@ class QLLM(Method):
                 module = job.model.get_submodule(name)
                 matrix = self.rounding(W, channels, job.dtype).matrix(job.dtype)
                 made[name] = drop_in(module, matrix, getattr(module, "bias", None)).float()
-            with _put_back(job.model, made):
+            with swapped(job.model, made):
                 tried.append((threshold, channels, float((outcome() - wanted).square().sum()) / max(1, len(x))))
         return Found(tried)
 

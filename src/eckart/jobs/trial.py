@@ -105,7 +105,7 @@ class Trial:
         for b, i in enumerate(chosen):
             found, wanted = _answer(stream, b), None
             if before is not None and self.original is not None:
-                with _put_back(self.job.model, before):
+                with swapped(self.job.model, before):
                     wanted = _answer(self.original, i)
             values, real = measure(found, wanted)
             total += float((values * real).sum())
@@ -133,12 +133,12 @@ def _size(batch: Batch) -> int:
 
 
 @contextmanager
-def _put_back(model: nn.Module, before: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within the context, modules that were replaced since `before` are those of before."""
-    replaced = {name: now for name, module in before.items() if (now := _at(model, name)) not in (module, None)}
+def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within the context, these modules stand under their names, where others do now."""
+    replaced = {name: now for name, module in modules.items() if (now := _at(model, name)) not in (module, None)}
     try:
         for name in replaced:
-            model.set_submodule(name, before[name])
+            model.set_submodule(name, modules[name])
         yield
     finally:
         for name, module in replaced.items():
