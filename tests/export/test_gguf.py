@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import eckart
 import tiny
 from eckart.checkpoint.source import resolve
 from eckart.export import export
@@ -59,6 +60,20 @@ def test_transformers_reads_the_same_model(
     held = tensors(tmp_path / "out/model.gguf")
     assert held["blk.1.ffn_down.weight"].tensor_type.name == kind
     assert ("output.weight" in held) == (family != "llama-tied")
+    ids = made.ids(vocabulary=len(tokenizer))
+    read = back(tmp_path / "out/model.gguf", tmp_path / "cache", monkeypatch)
+    wanted = made.logits(model.float(), ids)
+    torch.testing.assert_close(made.logits(read, ids), wanted, rtol=0, atol=5e-3 * float(wanted.abs().max()))
+
+
+def test_what_auto_takes_where_it_may_is_held_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight bits for layers and tables: Q8_0, without an exception that `strict` would refuse."""
+    tokenizer = made.byte_tokenizer()
+    model = made.decoder("llama-tied", tokenizer, torch.float16)
+    batches = tiny.batches((2,) * 8, length=16)
+    eckart.compress(model, "auto", budget=0.7, data=batches)
+    found = export(made.save(model, tmp_path / "m", tokenizer), "gguf", tmp_path / "out", strict=True)
+    assert {text for name, text in found.layers.items() if "proj" in name or "embed" in name} == {"Q8_0"}
     ids = made.ids(vocabulary=len(tokenizer))
     read = back(tmp_path / "out/model.gguf", tmp_path / "cache", monkeypatch)
     wanted = made.logits(model.float(), ids)

@@ -120,7 +120,9 @@ def test_auto_does_the_simple_thing_where_it_loses_nothing(tmp_path: Path) -> No
     plan = engine.plan()
     assert not plan.statistics
     assert plan.extra["chosen"] == label(simple())
-    assert {layer.form for layer in plan.layers} == {"quantized(bits=8)"}
+    assert {layer.form for layer in plan.layers} == {"quantized(bits=8, grid=uniform(symmetric=True))"}
+    assert "model.embed_tokens" in {layer.name for layer in plan.layers}
+    assert f"{plan.extra['tried'][label(simple())]:.2g} nats" in plan.remarks[0]
     assert not list(tmp_path.rglob("statistics/*.safetensors"))
 
 
@@ -138,6 +140,7 @@ def test_auto_takes_the_candidate_with_the_least_loss_on_text_set_aside(
     model = tiny.build("llama")
     found = eckart.compress(model, "auto", budget="0.4", data=batches).result
     assert [layer.form for layer in found.layers] == [layer.form for layer in plan.layers]
+    assert all(f"{name} {loss:.3g}" in found.advice()[0] for name, loss in tried.items())
     lost = divergence_of(model, tiny.build("llama"), batches[-1:])
     assert lost == pytest.approx(tried[plan.extra["chosen"]], rel=1e-3)
     assert math.isfinite(lost)

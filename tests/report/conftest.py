@@ -80,6 +80,7 @@ def model_record(records: list[dict[str, Any]]) -> dict[str, Any]:
             "one_shot": True,
         },
         "budget": {"asked": "0.8", "bytes": 215248441},
+        "remarks": ["two plans were tried"],
         "layers": records,
         "totals": {
             "bytes_before": total("dense_bytes"),

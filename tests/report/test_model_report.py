@@ -38,6 +38,7 @@ def test_page_holds_every_layer_and_the_headline(
         "1 min 48 s",
         "742 MB",
         "Example 7",
+        "two plans were tried",
     ):
         assert figure in text, figure
     assert page.tags.count("tr") == 1 + 4 + 1 + len(records)

@@ -33,13 +33,15 @@ def model_card(result: Result, source: Source, config: dict[str, Any]) -> str:
     ]
     for name, label in (("predicted_error", "predicted"), ("measured_error", "measured")):
         if totals[name] is not None:
-            rows.append((f"mean relative squared error, {label}", f"{totals[name]:.6f}"))
+            rows.append((f"mean relative squared error, {label}", f"{totals[name]:.3g}"))
     lines = ["---", "library_name: transformers", "tags:", "- eckart", "- compressed"]
     if source.kind == "hub":
         lines.append(f"base_model: {source.spec}")
     lines += ["---", "", f"# {source.spec}, compressed by eckart", ""]
     if source.note:
         lines += [source.note, ""]
+    for remark in result.remarks:
+        lines += [f"{remark[:1].upper()}{remark[1:]}.", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows), ""]
     lines += [BEGIN, END, ""]
     lines += ["## How it was made", "", *(f"- {k}: `{v}`" for k, v in settings.items()), ""]

@@ -214,6 +214,7 @@ def record(result: Result, source: Source, config: dict[str, Any]) -> dict[str, 
         "budget": {"asked": result.settings.get("budget"), "bytes": result.budget},
         "layers": [layer.to_json() for layer in result.layers],
         "extra": result.extra,
+        "remarks": result.remarks,
         "totals": result.totals(),
     }
 

@@ -61,6 +61,7 @@ class Plan:
         peak_memory: expected, in bytes above what the process holds before it starts.
         statistics: whether the fit needs any.
         extra: what a method keeps for itself.
+        remarks: what a user should know of how it was found.
     """
 
     layers: list[Layer]
@@ -71,6 +72,7 @@ class Plan:
     peak_memory: int = 0
     statistics: bool = True
     extra: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     def of(self, part: int) -> list[Layer]:
         """The layers of one part."""

@@ -22,6 +22,7 @@ class Result:
         seconds: where the time went.
         folder: where the model was saved, if it was.
         extra: what the method keeps of its plan, such as the losses of the plans that `auto` tried.
+        remarks: what a user should know of how the plan was found.
     """
 
     layers: list[Layer]
@@ -36,12 +37,14 @@ class Result:
     folder: Path | None = None
     planned: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @classmethod
     def of_plan(cls, plan: Plan, settings: dict[str, Any]) -> Result:
         return cls(
             plan.layers, plan.bytes_before, plan.bytes_after, plan.budget, settings,
             predicted_seconds=plan.seconds, predicted_memory=plan.peak_memory, planned=True, extra=plan.extra,
+            remarks=plan.remarks,
         )  # fmt: skip
 
     @classmethod
@@ -49,7 +52,7 @@ class Result:
         plan = run.plan
         return cls(
             run.layers, plan.bytes_before, plan.bytes_after, plan.budget, settings, run.seconds,
-            predicted_seconds=plan.seconds, predicted_memory=plan.peak_memory, extra=plan.extra,
+            predicted_seconds=plan.seconds, predicted_memory=plan.peak_memory, extra=plan.extra, remarks=plan.remarks,
         )  # fmt: skip
 
     @property
@@ -58,9 +61,9 @@ class Result:
         return self.bytes_after / self.bytes_before if self.bytes_before else 1.0
 
     def advice(self) -> list[str]:
-        """What a user should know before trusting the result to be faster; see benchmarks/inference.py."""
+        """How the plan was found, what stays, and whether it can be faster; see benchmarks/inference.py."""
         kept = sum(layer.bytes for layer in self.layers) / max(1, sum(layer.dense_bytes for layer in self.layers))
-        lines = []
+        lines = [*self.remarks]
         if kept > 0.85:
             lines.append(
                 f"the targeted layers keep {kept:.2f} of their bytes: above about 0.85 a factored layer is no faster "
@@ -91,6 +94,7 @@ class Result:
             "predicted": {"seconds": self.predicted_seconds, "peak_memory": self.predicted_memory},
             "peak_memory": self.peak_memory,
             "extra": self.extra,
+            "remarks": self.remarks,
             "layers": [layer.to_json() for layer in self.layers],
         }
 
@@ -100,8 +104,8 @@ class Result:
         error = self.totals()["measured_error" if not self.planned else "predicted_error"]
         parts = [
             f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB ({self.ratio:.3f})",
-            f"{changed} layers {'to be ' if self.planned else ''}factored, {kept} left dense",
+            f"{changed} layers {'to be ' if self.planned else ''}compressed, {kept} left dense",
         ]
         if error is not None:
-            parts.append(f"mean relative squared error {error:.4f}")
+            parts.append(f"relative error {error**0.5:.2g}, root of the mean square over layers")
         return "; ".join(parts)

@@ -36,6 +36,8 @@ def provenance(record: Mapping[str, Any], evaluation: Mapping[str, Any], run: Ma
         about["Parameters"] = count(model["parameters"])
     if model.get("note"):
         about["Note"] = _plain(model["note"])
+    if isinstance(remarks := record.get("remarks"), list) and remarks:
+        about["Plan"] = "; ".join(map(_plain, remarks))
     if machine:
         about["Machine"] = f"{_plain(machine.get('cpu'))}, {_plain(machine.get('threads'))} threads"
     if evaluation.get("text"):
