@@ -19,20 +19,24 @@ def whole(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors writes files that nobody else may read
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as e:
-        raise _named(e, path) from e
+        raise _named(e, path, temporary) from e
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _named(error: Exception, path: Path) -> OSError:
-    """The same error with a number and the name of the file."""
+def _named(error: Exception, path: Path, temporary: Path) -> OSError:
+    """The same error with a number and the name of the file, not the temporary one."""
     if isinstance(error, OSError) and error.errno is not None:
-        return OSError(error.errno, os.strerror(error.errno), error.filename or str(path))
+        other = error.filename if error.filename != str(temporary) else None
+        return OSError(error.errno, os.strerror(error.errno), other or str(path))
     number = re.search(r"os error (\d+)", str(error))
     if number is None:
         return OSError(f"{path} could not be written: {error}")

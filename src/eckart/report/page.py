@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
+
+from eckart.files import whole
 
 _HERE = resources.files(__package__)
 STYLE = _HERE.joinpath("page.css").read_text("utf-8")
@@ -105,12 +106,8 @@ def legend(entries: Iterable[tuple[str, str]]) -> str:
 
 
 def write(page: str, out: Path) -> Path:
-    """Write the page whole or not at all: to a temporary name beside it, then renamed."""
+    """Write the page whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with whole(out) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
     return out
