@@ -20,6 +20,7 @@ from eckart import compress_to
 from eckart.adapters.layer import AdapterLayer
 from eckart.checkpoint.source import resolve
 from eckart.runs import Finetuning, finetune
+from eckart.runs.base import rows_held_out
 from eckart.runs.judge import judge
 from eckart.runs.prepare import prepare
 from eckart.runs.record import read_metrics
@@ -54,6 +55,11 @@ def test_text_leaves_an_adapter_its_tokenizer_its_metrics_and_a_record(tmp_path:
     adapted = PeftModel.from_pretrained(base, out)
     assert not torch.allclose(logits(adapted, [5, 6, 7]), alone)
     assert tf.AutoTokenizer.from_pretrained(out)("w1 w2")["input_ids"] == tiny.tokenizer()("w1 w2")["input_ids"]
+
+
+@pytest.mark.parametrize(("share", "rows", "held"), [(0.1, 3, 1), (0.1, 24, 2), (0.0, 3, 0), (0.99, 10, 10)])
+def test_of_few_rows_one_is_held_out(share: float, rows: int, held: int) -> None:
+    assert rows_held_out(share, rows) == held
 
 
 def test_the_held_out_loss_is_that_of_the_saved_adapter(tmp_path: Path) -> None:
@@ -212,7 +218,7 @@ def test_what_does_not_do_is_named_and_leaves_nothing(tmp_path: Path) -> None:
         ({"task": "chat"}, "task: 'chat' is not one of auto, text, instruction, classification"),
         ({"columns": {"text": "txt"}}, "has no column 'txt'; did you mean 'text'"),
         ({"columns": {"text": "text"}, "length": 65}, "length: 65 is more than the 64 positions"),
-        ({"held_out": 0.001}, "0 would be held out"),
+        ({"held_out": 0.999}, "of [0-9]+ windows of .* would be held out: give more data"),
         ({"held_out": 1.5}, "held_out: 1.5 is not a share"),
         ({"steps": 0}, "steps: 0 is too small"),
         ({"stepz": 3}, "has no setting 'stepz'; did you mean 'steps'"),

@@ -227,7 +227,7 @@ def test_what_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
     for words, message in (
         ({"data": {"texts": str(tmp_path / "no.txt")}}, "There is no text file"),
         ({"data": {"length": 5000}}, "there are 1501 tokens of text|tokens of text"),
-        ({"data": {"held_out": 0.001}}, "0 would be held out"),
+        ({"data": {"held_out": 0.999}}, "of 93 windows of 16 tokens, 93 would be held out"),
         ({"structure": {"method": "sst", "rank": 40}}, "structure: model.layers.0.* does not fit a matrix"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -29,6 +29,11 @@ class Base:
     fresh: list[str]
 
 
+def rows_held_out(share: float, rows: int) -> int:
+    """How many rows are not trained on, one at least if any are asked for. May be all of them."""
+    return max(1, round(share * rows)) if share > 0 else 0
+
+
 def device_of(asked: Device) -> str:
     """The device that was asked for. Raises `ValueError` where there is none."""
     if asked == "auto":

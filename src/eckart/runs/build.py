@@ -20,7 +20,7 @@ from eckart.checkpoint.source import no_bars, resolve
 from eckart.downloads import Progress, silent
 from eckart.optimizers import int8_linears, param_groups
 from eckart.registry import entries, find, suggest
-from eckart.runs.base import device_of
+from eckart.runs.base import device_of, rows_held_out
 from eckart.runs.config import Config, Data, Model
 from eckart.runs.config import Optimizer as OptimizerSettings
 from eckart.schedules import Schedule
@@ -68,8 +68,8 @@ def tokenizer_for(config: Config, texts: list[str], kept: Path) -> Any:
 def windows_of(texts: list[str], tokenizer: Any, data: Data, progress: Progress = silent) -> tuple[Tokens, Tokens]:
     """Windows to train on, and the last ones to judge on. Raises `ValueError` where there is too little text."""
     windows = token_batches(texts, tokenizer, samples=None, length=data.length, progress=progress)
-    held = round(data.held_out * len(windows))
-    if held == len(windows) or (held == 0 and data.held_out > 0):
+    held = rows_held_out(data.held_out, len(windows))
+    if held == len(windows):
         raise ValueError(f"data.held_out: of {len(windows)} windows of {data.length} tokens, {held} would be held out: give more text, or another share")  # fmt: skip # noqa: E501
     border = len(windows) - held
     return windows[:border], windows[border:][: data.judged]

@@ -53,7 +53,7 @@ class Data:
         texts: `builtin`, or .txt, .jsonl and .csv files.
         column: the field of a .jsonl object or the column of a .csv file that holds the text.
         length: tokens in a window.
-        held_out: share of the windows, the last ones, that are not trained on but judged on.
+        held_out: share of the windows, the last ones, that are not trained on but judged on; one at least, unless 0.
         judged: windows of these that are judged on, at most.
     """
 

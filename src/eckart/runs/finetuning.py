@@ -38,7 +38,7 @@ class Finetuning:
         device: `auto` takes a GPU where there is one.
         seed: of every random choice.
         samples: rows that an adapter which starts from data is shown.
-        held_out: share of the rows that is not trained on but judged on.
+        held_out: share of the rows that is not trained on but judged on; one at least, unless 0.
         judged: rows of these that are judged on, at most.
     """
 

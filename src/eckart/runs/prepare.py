@@ -10,7 +10,7 @@ import torch
 from eckart.calibration.data import token_batches
 from eckart.checkpoint.source import Source
 from eckart.downloads import Progress, silent
-from eckart.runs.base import tokenizer_of
+from eckart.runs.base import rows_held_out, tokenizer_of
 from eckart.runs.batches import Batches, Examples, Windows
 from eckart.runs.examples import Encoded, Table, Task, classes, instructions, labels_of, read_table, task_of, text_of
 from eckart.runs.finetuning import Finetuning
@@ -58,9 +58,9 @@ def _windows(table: Table, tokenizer: Any, job: Finetuning, notes: list[str], pr
 
 
 def _held(rows: int, what: str, job: Finetuning) -> int:
-    """How many rows are held out. Raises `ValueError` where none would be left on one of the sides."""
-    held = round(job.held_out * rows)
-    if held == rows or (held == 0 and job.held_out > 0):
+    """How many rows are held out. Raises `ValueError` where none would be left to train on."""
+    held = rows_held_out(job.held_out, rows)
+    if held == rows:
         raise ValueError(f"held_out: of {rows} {what}, {held} would be held out: give more data, or another share (0 holds out none)")  # fmt: skip # noqa: E501
     return held
 
