@@ -56,6 +56,17 @@ def test_the_gradient_of_the_latent_weight_is_that_of_the_projected_one(make: An
     torch.testing.assert_close(straight.atoms.grad, D.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_the_projection_is_the_same_within_autocast() -> None:
+    torch.manual_seed(0)
+    schedule, straight = placed(nn.Linear(20, 24))
+    layer: Any = schedule.model[0]
+    outside = layer.weight.detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.weight, outside)
+        layer(gaussian(7, 20)).float().square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in (layer.parametrizations.weight.original, straight.atoms))
+
+
 def test_the_codes_are_the_least_squares_ones_on_their_supports() -> None:
     torch.manual_seed(0)
     schedule, straight = placed(nn.Linear(20, 24).double())

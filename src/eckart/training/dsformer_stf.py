@@ -51,8 +51,9 @@ class StraightThrough(nn.Module):
         return F.pad(W, (0, blocks * b - self.width)).unflatten(1, (blocks, b))
 
     def forward(self, weight: Tensor) -> Tensor:
-        X = self.codes(weight.detach(), self.index.long())
-        flat: Tensor = _Straight.apply(self.fragments(weight), X, self.atoms)
+        with torch.autocast(weight.device.type, enabled=False):  # least squares need more digits than it keeps
+            X = self.codes(weight.detach(), self.index.long())
+            flat: Tensor = _Straight.apply(self.fragments(weight), X, self.atoms)
         W = flat.flatten(1)[:, : self.width].to(weight.dtype)
         return W.t() if self.transposed else W.view_as(weight)
 
