@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import pkgutil
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
@@ -34,11 +37,23 @@ ROOMS = {
 }
 
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
 def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "catalogue.md", content=catalogue()))
+    files.append(File.generated(config, "pretrain.html", content=pretrain_page()))
     for room, lead in ROOMS.items():
         files.append(File.generated(config, f"rooms/{room}.md", content=room_page(room, lead)))
     return files
+
+
+def pretrain_page() -> str:
+    """The plot beside the table of benchmarks/pretrain.py."""
+    sys.path.insert(0, str(BENCHMARKS))
+    pretrain: Any = importlib.import_module("pretrain")
+    content: str = pretrain.page(json.loads((BENCHMARKS / "results" / "pretrain.json").read_text(encoding="utf-8")))
+    return content
 
 
 def catalogue() -> str:
@@ -62,9 +77,7 @@ def catalogue() -> str:
     for words in (FORMS, *FORMS.settings, METRICS, ALLOCATORS):
         lines += [f"## {words.kind.capitalize()}s", "", "| word | settings | what it is |", "| --- | --- | --- |"]
         for name, cls in sorted(words.words.items()):
-            settings = ", ".join(
-                f"{f.name}={f.default!r}" for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING
-            )
+            settings = ", ".join(f"{f.name}={default_of(f)}" for f in dataclasses.fields(cls) if has_default(f))
             lines.append(
                 f"| `{name}` | {settings} | {(cls.__doc__ or '').strip().splitlines()[0]} |".replace(
                     "||", "&#124;&#124;"
@@ -72,6 +85,16 @@ def catalogue() -> str:
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def default_of(field: dataclasses.Field[Any]) -> str:
+    """As it is written in an expression."""
+    made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return str(made) if dataclasses.is_dataclass(made) else repr(made)
 
 
 def settings_of(cls: type) -> dict[str, Any]:
