@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
+
+from eckart.files import whole
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -48,8 +53,96 @@ def table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
     return made
 
 
+def next_rate(rates: Sequence[float], scores: Mapping[float, float]) -> float | None:
+    """Of a sorted grid, the rate to try next: the middle, then the neighbours of the best one; high scores are good."""
+    if not scores:
+        return rates[len(rates) // 2]
+    best = rates.index(max(scores, key=scores.__getitem__))
+    return next((lr for lr in rates[max(0, best - 1) : best + 2] if lr not in scores), None)
+
+
+def at_edge(rates: Sequence[float], lr: float) -> str:
+    """A star for a rate with nothing tried beyond it."""
+    return "*" if len(rates) > 1 and lr in (min(rates), max(rates)) else ""
+
+
+def searched(
+    row: dict[str, Any], rates: Sequence[float], seeds: Sequence[int],
+    run: Callable[[float, int, str], dict[str, Any]], score: Callable[[dict[str, Any]], float],
+    save: Callable[[], None],
+) -> None:  # fmt: skip
+    """Add the runs that a row lacks: of the rates on `validation` with seed 0, then of the best one's seeds on `test`.
+
+    Args:
+        row: its `sweep`, rate -> run, and its `runs`, seed -> run.
+        rates: the grid, sorted.
+        seeds: of the best rate.
+        run: trains once, at a rate, with a seed, judged on a part.
+        score: of a run; high is good, minus infinity is a run that failed.
+        save: called after every run.
+    """
+    scores = {float(lr): score(found) for lr, found in row["sweep"].items()}
+    while (lr := next_rate(rates, scores)) is not None:
+        row["sweep"][str(lr)] = run(lr, 0, "validation")
+        scores[lr] = score(row["sweep"][str(lr)])
+        save()
+    best = max(scores, key=scores.__getitem__)
+    for seed in seeds:
+        if str(seed) not in row["runs"] and scores[best] > -math.inf:
+            row["runs"][str(seed)] = run(best, seed, "test")
+            save()
+
+
+def accuracy_of(run: dict[str, Any]) -> float:
+    """The score of a classifier's run; one that failed has the worst."""
+    return float(run.get("accuracy", -math.inf))
+
+
+def show_accuracies(report: dict[str, Any], title: str, console: Console, more: Sequence[str] = ()) -> None:
+    """Print the rows that `searched` filled with runs of classifiers: means over the seeds, and what failed.
+
+    Args:
+        report: its runs have `lr`, and `accuracy`, `parameters` and `step` (seconds), or an `error`.
+        title: of the table.
+        console: to print on.
+        more: names of other shares that runs have.
+    """
+    shown = table(title, ["method"], ["rate", "accuracy", "spread", *more, "parameters", "s/step"])
+    failed = []
+    for name, row in report["rows"].items():
+        runs = [run for run in row["runs"].values() if "accuracy" in run]
+        errors = {run["error"] for run in (*row["sweep"].values(), *row["runs"].values()) if "error" in run}
+        failed += [f"{name}: {error}" for error in sorted(errors)]
+        if not runs:
+            shown.add_row(name, "-", "failed" if errors else "-")
+            continue
+        lr = runs[0]["lr"]
+        shown.add_row(
+            name, f"{lr:g}{at_edge(report['settings']['rates'], lr)}",
+            f"{statistics.mean(run['accuracy'] for run in runs):.2%}",
+            f"{statistics.pstdev(run['accuracy'] for run in runs):.2%}",
+            *(f"{statistics.mean(run[key] for run in runs):.2%}" for key in more),
+            f"{statistics.mean(run['parameters'] for run in runs):,.0f}",
+            f"{statistics.median(run['step'] for run in runs):.3f}",
+        )  # fmt: skip
+    console.print(shown)
+    console.print("* at the edge of the grid")
+    for line in failed:
+        console.print(line, markup=False)
+
+
+def opened(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The report of the same settings that is there, to go on with, or a new one. Exits where the settings differ."""
+    if not path.exists():
+        return {"machine": machine(), "settings": settings, "rows": {}}
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    differ = [k for k in settings if report["settings"].get(k) != settings[k]]
+    if differ:
+        raise SystemExit(f"{path} holds runs with other settings ({', '.join(differ)}): name another file")
+    return report
+
+
 def write_json(data: Any, path: Path) -> None:
     """Replace the file by `data`, all at once."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

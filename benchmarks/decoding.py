@@ -110,7 +110,10 @@ def torchao_row(name: str, dtype: torch.dtype, layers: int) -> Row:
     configs = {
         "int8": lambda: ao.Int8WeightOnlyConfig(),
         "int8 dynamic": lambda: ao.Int8DynamicActivationInt8WeightConfig(),
-        "int4": lambda: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(32)),
+        "int4": lambda: ao.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            granularity=ao.PerGroup(32),
+        ),
     }
     model = dense(layers, dtype)
     names = set(linears(model))

@@ -16,6 +16,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,12 @@ def llm_compressor(bits: int, group: int, batches: list[Batch]) -> tuple[nn.Modu
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
 
-    model = load("decoder", torch.float32)
+    model: Any = load("decoder", torch.float32)
     names = list(linears(model))
     rows = [{k: v[i : i + 1] for k, v in b.items()} for b in batches for i in range(len(b["input_ids"]))]
     weights = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": group}
     recipe = GPTQModifier(config_groups={"group_0": {"targets": names, "weights": weights}}, ignore=["lm_head"])
-    loader = DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
+    loader: Any = DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
     oneshot(model=model, recipe=recipe, dataset=loader, num_calibration_samples=len(rows))
     found = load("decoder", torch.float32)
     for name, module in linears(found).items():  # saving packs the weights of the model that is saved
@@ -177,10 +178,10 @@ def main() -> None:
     for bits in arguments.bits:
         for name, make in WAYS.items():
             with console.status(f"{name}, {bits} bits"):
-                rows.append(row(task, name, bits, lambda make=make, bits=bits: make(bits, arguments.group, batches), weights))  # fmt: skip # noqa: E501
+                rows.append(row(task, name, bits, partial(make, bits, arguments.group, batches), weights))
         allowed = rows[-1]["bytes"]
         with console.status(f"auto, {bits} bits"):
-            rows.append(row(task, "eckart auto", bits, lambda n=allowed: auto(n, batches), weights))
+            rows.append(row(task, "eckart auto", bits, partial(auto, allowed, batches), weights))
         if arguments.json:
             write_json({"machine": machine(), "settings": {k: str(v) for k, v in vars(arguments).items()}, "rows": rows}, arguments.json)  # fmt: skip # noqa: E501
     figures = task.measure(load("decoder", torch.float32))

@@ -1,14 +1,17 @@
 """Pre-training with low-rank gradients and low-rank weights, side by side: quality, memory, time.
 
-    python benchmarks/pretrain.py [--json pretrain.json] [--page pretrain.html] [--size 5m|15m] [--methods galore ...]
-                                  [--tokens 1200000] [--sweep 250000] [--rates 0.001 0.003 0.01]
+    python benchmarks/pretrain.py [--json pretrain.json] [--page pretrain.html] [--size 5m|15m] [--methods GaLore ...]
+                                  [--start drawn|trained] [--tokens 614400] [--rates 1e-4 3e-4 ... 1e-1]
                                   [--threads 1] [--device cuda] [--quick]
 
 Every method trains the decoder of pretrain_decoder.py from the same weights on the same texts, in the same order, in
-bfloat16 autocast, with the loop of `eckart train`. Its learning rate is the best of a small grid, the same one for all
-methods, each tried on the same, smaller number of tokens (its own warm-up and decay included); it then trains once on
-all tokens. A rate at the edge of the grid is marked: a wider grid might do better. Adam's betas, the ranks, and the
-steps between refreshes are the same for all; the other settings are those of the papers, as the library has them.
+bfloat16 autocast, with the loop of `eckart train`. Its learning rate is the best of one grid for all: the middle one,
+then the neighbours of the best so far, until both are worse, each on all tokens, as what is best for a shorter run is
+not best for this one. A rate at the edge of the grid is marked. Adam's betas, the ranks, and the steps between
+refreshes are the same for all; the other settings are those of the papers, as the library has them.
+
+`--start trained` cuts down the trained decoder of `models/` instead, and repairs it on the texts that it was made from;
+"before" is the perplexity at that start. Its rows are the methods that take a trained model.
 
 "bytes" are counted, tensor by tensor: weights, gradients and optimiser state at the last step, and what autograd keeps
 of one batch. Perplexity is on windows of the held-out texts, of the model as it would be saved. Every run is written
@@ -19,7 +22,6 @@ two cores, `--quick` two minutes, which say nothing about quality.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -34,7 +36,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import eckart
-from common import machine, table, write_json
+from common import at_edge, machine, next_rate, opened, table, write_json
 from corpora import corpora
 from eckart.calibration.data import token_batches
 from eckart.calibration.tokens import Tokens
@@ -49,10 +51,11 @@ from eckart.report.svg import Chart, category, shape
 from eckart.runs import Loop, Optimizer, Training, finish
 from eckart.runs.build import optimizer_for
 from eckart.training.base import Born, dtype_of, like
-from models import decoder
+from models import decoder, load
 from pretrain_decoder import LENGTH, SIZES, new_model, split
 
 BATCH, BETAS, JUDGED, CUT = 8, (0.9, 0.95), 128, 150_000
+STARTS = ("drawn", "trained")
 KEPT = ("weight_bytes", "gradient_bytes", "state_bytes", "activation_bytes")
 
 
@@ -73,19 +76,41 @@ class Frozen(Born):
 
 @dataclass(frozen=True)
 class Way:
-    """One row: an optimiser, and a structure of the weights, with the settings that differ from the usual ones."""
+    """One row: an optimiser, and a structure of the weights, with the settings that differ from the usual ones.
+
+    `scale` multiplies the rate of AdamW for the matrices that others project, as GaLore's own scale does for its.
+    """
 
     optimizer: str = "adamw"
     settings: dict[str, Any] = field(default_factory=dict)
     form: str = ""
     method: str = ""
     structure: dict[str, Any] = field(default_factory=dict)
+    scale: float = 1.0
 
 
-def ways(rank: int, density: float, interval: int) -> dict[str, Way]:
-    projected = {"rank": rank, "interval": interval}
+def ways(start: str, rank: int = 64, density: float = 0.25, interval: int = 50) -> dict[str, Way]:
+    """All rows of a start. Convolutions have theirs in convolutions.py, Linformer's are in attention.py."""
+    projected, often = {"rank": rank, "interval": interval}, max(1, interval // 5)
+    shared = {
+        "TRP": Way(method="trp"),
+        "DSFormer": Way(method="dsformer_stf", structure={"refresh": interval}),
+        "gradual pruning to a half": Way(method="gradual_pruning", structure={"sparsity": 0.5, "every": often}),
+        "2:4 by gradient flow": Way(method="nm_gradient_flow"),
+        "compander": Way(method="weight_compander"),
+    }
+    if start == "trained":
+        alone = {"ratio": 2.0, "alpha": 0.0, "gamma": 0.0}
+        return {
+            "AdamW, nothing cut": Way(),
+            "factors of half the size": Way(method="pela", structure=alone),
+            "PELA, features alone": Way(method="pela", structure={"ratio": 2.0, "gamma": 0.0}),
+            "PELA": Way(method="pela", structure={"ratio": 2.0}),
+            **shared,
+        }
     return {
         "AdamW, full rank": Way(),
+        "AdamW, matrices at a quarter of the rate": Way(scale=0.25),
         "low-rank factors": Way(form=f"low_rank(rank={rank})"),
         "LoRA-type": Way(method="frozen", structure={"rank": rank}),
         "GaLore": Way("galore", projected),
@@ -93,9 +118,13 @@ def ways(rank: int, density: float, interval: int) -> dict[str, Way]:
         "Fira": Way("fira", projected),
         "FRUGAL": Way("frugal", {"density": density, "interval": interval}),
         "DCT-AdamW": Way("dct_adamw", {"rank": rank}),
+        "Lion": Way("lion_k"),
         "SLTrain": Way(method="sltrain", structure={"rank": rank}),
         "LOST": Way(method="lost", structure={"rank": rank}),
         "SST": Way(method="sst", structure={"rank": rank, "every": interval}),
+        "LED, a quarter of the rank": Way(method="greenformers", structure={"rank": 0.25}),
+        "Maestro": Way(method="maestro", structure={"shrink_every": interval}),
+        **shared,
     }
 
 
@@ -111,7 +140,7 @@ def texts(quick: bool) -> tuple[Tokens, Tokens]:
 
 def one(way: Way, lr: float, tokens: int, windows: Tokens, judged: Tokens, a: argparse.Namespace) -> dict[str, Any]:
     """Train once; a run that diverges has no perplexity, and says why."""
-    model = new_model(a.size, a.seed).to(a.device)
+    model = (new_model(a.size, a.seed) if a.start == "drawn" else load("decoder", torch.float32)).to(a.device)
     schedule = None
     if way.form or way.method:
         method: Any = Frozen() if way.method == "frozen" else way.method or None
@@ -119,11 +148,18 @@ def one(way: Way, lr: float, tokens: int, windows: Tokens, judged: Tokens, a: ar
             schedule = eckart.training.structure(model, method, form=way.form or None, seed=a.seed, **way.structure)
     extra = dict(way.settings)
     dials = {k: extra.pop(k) for k in ("rank", "density", "int8") if k in extra}
-    settings = Optimizer(way.optimizer, lr, **dials, settings={"betas": BETAS, **extra})
-    optimizer = optimizer_for(model, settings, a.seed)
+    optimizer: torch.optim.Optimizer
+    if way.scale == 1:
+        settings = Optimizer(way.optimizer, lr, **dials, settings={"betas": BETAS, **extra})
+        optimizer = optimizer_for(model, settings, a.seed)
+    else:
+        groups = eckart.optimizers.param_groups(model, rank=a.rank, lr=way.scale * lr)
+        optimizer = torch.optim.AdamW(groups, lr, betas=BETAS)
     training = Training(steps=max(1, tokens // (BATCH * LENGTH)), batch=BATCH, precision="bfloat16", device=a.device)
     loop = Loop(model, optimizer, windows, training, schedule=schedule, seed=a.seed)
     found: dict[str, Any] = {"lr": lr, "tokens": tokens, "parameters": sum(p.numel() for p in model.parameters())}
+    if a.start == "trained":
+        found["before"] = perplexity(model, judged, BATCH).value
     begin, measured = time.perf_counter(), []
     try:
         while loop.steps < training.steps:
@@ -141,23 +177,24 @@ def one(way: Way, lr: float, tokens: int, windows: Tokens, judged: Tokens, a: ar
 
 def measure(report: dict[str, Any], windows: Tokens, judged: Tokens, a: argparse.Namespace, console: Console) -> None:
     """Add the runs that the report lacks."""
-    for name, way in ways(a.rank, a.density, a.interval).items():
-        if name not in a.methods:
+    for name, way in ways(a.start, a.rank, a.density, a.interval).items():
+        if a.methods and name not in a.methods:
             continue
-        row = report["rows"].setdefault(name, {"way": asdict(way), "sweep": {}, "final": None})
-        for lr in a.rates:
-            if str(lr) not in row["sweep"]:
-                row["sweep"][str(lr)] = run = one(way, lr, a.sweep, windows, judged, a)
-                write_json(report, a.json)
-                console.print(f"{name}, rate {lr:g}: {said(run)}", highlight=False)
-        tried = {lr: row["sweep"][str(lr)]["perplexity"] for lr in a.rates}
-        alive = {lr: value for lr, value in tried.items() if value is not None}
-        if alive and row["final"] is None:
-            best = min(alive, key=lambda lr: alive[lr])
-            row["final"] = one(way, best, a.tokens, windows, judged, a)
-            row["final"]["edge"] = len(a.rates) > 1 and best in (min(a.rates), max(a.rates))
+        runs = report["rows"].setdefault(name, {"way": asdict(way), "runs": {}})["runs"]
+        while (lr := next_rate(a.rates, {float(r): -ended(run) for r, run in runs.items()})) is not None:
+            runs[str(lr)] = one(way, lr, a.tokens, windows, judged, a)
             write_json(report, a.json)
-            console.print(f"{name}, {a.tokens:,} tokens: {said(row['final'])}", highlight=False)
+            console.print(f"{name}, rate {lr:g}: {said(runs[str(lr)])}", highlight=False)
+
+
+def ended(run: dict[str, Any]) -> float:
+    """The perplexity; a run that failed, diverged for instance, has the worst."""
+    return math.inf if run["perplexity"] is None else run["perplexity"]
+
+
+def best(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The run at the best rate, of those that ended well."""
+    return min((run for run in row["runs"].values() if run["perplexity"] is not None), key=ended, default=None)
 
 
 def said(run: dict[str, Any]) -> str:
@@ -168,27 +205,29 @@ def said(run: dict[str, Any]) -> str:
 
 def show(report: dict[str, Any], console: Console) -> None:
     s = report["settings"]
-    title = f"{s['size']}, {s['tokens']:,} tokens, rank {s['rank']}; rates {s['rates']}, {s['sweep']:,} tokens each"
-    heads = ["rate", "perplexity", "parameters", *(k.replace("_bytes", " MB") for k in KEPT), "s/step"]
+    title = f"{s['size']}, {s['tokens']:,} tokens, rank {s['rank']}; the best rate of {s['rates']}"
+    before = ["before"] if s["start"] == "trained" else []
+    heads = ["rate", *before, "perplexity", "parameters", *(k.replace("_bytes", " MB") for k in KEPT), "s/step"]
     shown = table(title, ["method"], heads)
     for name, row in report["rows"].items():
-        run = row["final"]
-        if run is None or run["perplexity"] is None:
-            shown.add_row(name, *["-", "diverged" if run or len(row["sweep"]) == len(s["rates"]) else "-"])
+        run = best(row)
+        if run is None:
+            shown.add_row(name, "-", "failed" if row["runs"] else "-")
             continue
         shown.add_row(
-            name, f"{run['lr']:g}{'*' if run['edge'] else ''}", f"{run['perplexity']:.2f}", f"{run['parameters']:,}",
-            *(f"{run[k] / 1e6:.1f}" for k in KEPT), f"{run['seconds_per_step']:.2f}",
+            name, f"{run['lr']:g}{at_edge(s['rates'], run['lr'])}", *(f"{run[k]:.2f}" for k in [*before, "perplexity"]),
+            f"{run['parameters']:,}", *(f"{run[k] / 1e6:.1f}" for k in KEPT), f"{run['seconds_per_step']:.2f}",
         )  # fmt: skip
     console.print(shown)
     console.print("* at the edge of the grid")
+    for name, row in report["rows"].items():
+        for error in {run["error"] for run in row["runs"].values() if "error" in run}:
+            console.print(f"{name}: {error}", markup=False)
 
 
-def draw(report: dict[str, Any], out: Path) -> None:
-    """A page with perplexity over the counted bytes."""
-    runs = {n: r["final"] for n, r in report["rows"].items() if r["final"] and r["final"]["perplexity"]}
-    if not runs:
-        return
+def page(report: dict[str, Any]) -> str:
+    """HTML: perplexity over the counted bytes."""
+    runs = {n: run for n, row in report["rows"].items() if (run := best(row))}
     figures = []
     for heading, keys in (("Weights, gradients and optimiser state", KEPT[:3]), ("Activations, too", KEPT)):
         points = {n: (sum(r[k] for k in keys) / 1e6, r["perplexity"]) for n, r in runs.items()}
@@ -203,51 +242,44 @@ def draw(report: dict[str, Any], out: Path) -> None:
     s, what = report["settings"], "Pre-training with low-rank gradients and low-rank weights"
     lead = f"{s['size']} parameters, {s['tokens']:,} tokens, rank {s['rank']}"
     body = section("Perplexity over memory", key + "".join(figures))
-    write(shell(title=what, kicker="eckart · benchmarks", lead=lead, body=body, foot="Written by pretrain.py."), out)
-
-
-def opened(a: argparse.Namespace) -> dict[str, Any]:
-    """The report of the same settings that is there, or a new one."""
-    settings = {k: getattr(a, k) for k in ("size", "tokens", "sweep", "rates", "rank", "density", "interval", "seed", "quick")}  # fmt: skip # noqa: E501
-    if a.json.exists():
-        report: dict[str, Any] = json.loads(a.json.read_text(encoding="utf-8"))
-        differ = [k for k in settings if report["settings"].get(k) != settings[k]]
-        if differ:
-            raise SystemExit(f"{a.json} holds runs with other settings ({', '.join(differ)}): name another file")
-        return report
-    return {"machine": machine(), "settings": settings, "rows": {}}
+    return shell(title=what, kicker="eckart · benchmarks", lead=lead, body=body, foot="Written by pretrain.py.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = list(ways(1, 0.5, 1))
+    names = list(dict.fromkeys(name for start in STARTS for name in ways(start)))
     parser.add_argument("--json", type=Path, default=Path("pretrain.json"), help="the results, and where a run goes on")
     parser.add_argument("--page", type=Path, help="also draw perplexity over memory into this HTML file")
     parser.add_argument("--size", choices=list(SIZES), default="5m")
-    parser.add_argument("--methods", nargs="+", choices=names, default=names)
-    parser.add_argument("--tokens", type=int, default=1_200_000, help="of the last run of each method")
-    parser.add_argument("--sweep", type=int, default=250_000, help="of a run that tries a learning rate")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--methods", nargs="+", choices=names, help="rows to run (default all)")
+    parser.add_argument("--start", choices=STARTS, default="drawn", help="drawn weights, or the trained decoder")
+    parser.add_argument("--tokens", type=int, default=614_400, help="of every run")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
     parser.add_argument("--rank", type=int, default=64, help="of projectors and factors (default 64)")
     parser.add_argument("--density", type=float, default=0.25, help="of FRUGAL, which has no rank")
-    parser.add_argument("--interval", type=int, default=100, help="steps between refreshes")
+    parser.add_argument("--interval", type=int, default=50, help="steps between refreshes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="of torch; fewer than cores where others want them, too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a little text, a few steps, one rate")
     a = parser.parse_args()
+    a.rates.sort()
+    if a.start == "trained" and a.size != "5m":
+        parser.error(f"--start trained: the trained decoder has the size 5m, not {a.size}")
     if a.quick:
-        a.tokens, a.sweep, a.rates, a.interval = 4 * BATCH * LENGTH, BATCH * LENGTH, a.rates[1:2], 2
+        a.tokens, a.rates, a.interval = 4 * BATCH * LENGTH, a.rates[len(a.rates) // 2 :][:1], 2
     if a.threads:
         torch.set_num_threads(a.threads)
-    console, report = Console(width=None if sys.stdout.isatty() else 160), opened(a)
+    named = ("start", "size", "tokens", "rates", "rank", "density", "interval", "seed", "quick")
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    report = opened(a.json, {k: getattr(a, k) for k in named})
     windows, judged = texts(a.quick)
     if a.quick:
         judged = judged[:8]
     measure(report, windows, judged, a, console)
     show(report, console)
-    if a.page:
-        draw(report, a.page)
+    if a.page and any(best(row) for row in report["rows"].values()):
+        write(page(report), a.page)
 
 
 if __name__ == "__main__":

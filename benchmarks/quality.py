@@ -103,7 +103,8 @@ class Scale:
     def of(cls, model: nn.Module, targets: str, whole: bool = False) -> Scale:
         subject, blocks = InMemory(model), block_names(model)
         names = [n for part in Recipe(targets=targets).sites(model, blocks).values() for n in part]
-        weights = sum(model.get_submodule(name).weight.numel() for name in names)
+        layers: list[Any] = [model.get_submodule(name) for name in names]
+        weights = sum(layer.weight.numel() for layer in layers)
         layouts = part_layouts(subject, blocks)
         total = sum(file_bytes(layout) for layout in layouts.values())
         shapes = (shape for layout in layouts.values() for _, shape in layout.values())
@@ -202,14 +203,16 @@ def show(report: dict[str, Any], model: str, console: Console) -> None:
 
 
 def opened(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    """The report to go on with: a new one, or what the file holds without the rows that failed."""
+    """The report to go on with: a new one, or what the file holds without failed rows that are asked for again."""
     fresh: dict[str, Any] = {"settings": settings, "machine": machine(), "rows": []}
     if not (arguments.resume and arguments.json and arguments.json.exists()):
         return fresh
     report = json.loads(arguments.json.read_text(encoding="utf-8"))
     if report["settings"] != settings:
         raise SystemExit(f"{arguments.json} was measured with {report['settings']}, not {settings}: name another file")
-    return report | {"rows": [r for r in report["rows"] if "error" not in r]}
+    asked = {(m, n, b) for m in arguments.models for n in arguments.methods for b in arguments.bits}
+    rows = [r for r in report["rows"] if "error" not in r or (r["model"], r["method"], r["bits"]) not in asked]
+    return report | {"rows": rows}
 
 
 def main() -> None:
@@ -225,7 +228,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="count the bits of all weights, not of the linear layers")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the rows to this file as they come")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that the file holds, but not the failed ones")  # fmt: skip # noqa: E501
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file holds, but try failed ones again")  # fmt: skip # noqa: E501
     parser.add_argument("--quick", action="store_true", help="decoder and minilm, 16 windows of 128 tokens")
     arguments = parser.parse_args()
     if arguments.quick:

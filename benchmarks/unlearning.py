@@ -90,7 +90,8 @@ class Case:
         model = adapters.adapt(model, "loku", data=[*self.forget, *map(Retained, self.retain)], rank=self.a.rank)
         if not fila:
             generator = torch.Generator().manual_seed(self.seed)
-            for update in adapters.updates(model).values():
+            updates: dict[str, Any] = adapters.updates(model)
+            for update in updates.values():
                 bound = update.A.shape[1] ** -0.5
                 update.A.data.uniform_(-bound, bound, generator=generator)
                 update.A0.copy_(update.A.data)
@@ -118,7 +119,7 @@ class Case:
 
     def measure(self, name: str) -> dict[str, Any]:
         """One row, at the best of the learning rates."""
-        row, found = ROWS[name], []
+        row, found = ROWS[name], list[dict[str, Any]]()
         for rate in RATES:
             model, steps = self.run(row, rate, self.a.epochs, self.reached)
             got = {"row": name, "seed": self.seed, "rate": rate, "reached": self.reached(model), "steps": steps}
@@ -152,7 +153,7 @@ def main() -> None:
     if a.quick:
         a.people, a.forgotten, a.width, a.layers, a.train = 16, 2, 64, 2, a.train // 2
     torch.set_num_threads(a.threads)
-    console, rows = Console(width=None if sys.stdout.isatty() else 150), []
+    console, rows = Console(width=None if sys.stdout.isatty() else 150), list[dict[str, Any]]()
     title = f"Llama of {a.layers} layers, width {a.width}; {a.forgotten} of {a.people} people forgotten; rank {a.rank}"
     columns = ["seed", "rate", "steps", "forget p", "forget NLL", "KS", "retained", "values", "language", "x5"]
     made = table(title, ["unlearning"], columns)
