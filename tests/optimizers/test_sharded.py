@@ -35,7 +35,8 @@ def optimizers(net: nn.Module) -> dict[str, torch.optim.Optimizer]:
 def run(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for step in range(STEPS):
         optimizer.zero_grad()
-        net(parameter(6, 12, seed=step).detach()).square().sum().backward()
+        x, wanted = parameter(6, 12, seed=step).detach(), parameter(6, 12, seed=100 + step).detach()
+        (net(x) - wanted).square().sum().backward()
         optimizer.step()
         if step == 2:
             optimizer.load_state_dict(reloaded(optimizer.state_dict()))
