@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from eckart.files import whole
 
@@ -51,6 +52,11 @@ def table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
     for heading in numbers:
         made.add_column(heading, justify="right")
     return made
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of a decoder's blocks."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
 
 
 def next_rate(rates: Sequence[float], scores: Mapping[float, float]) -> float | None:

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eckart
-from common import machine, table, write_json
+from common import linears, machine, table, write_json
 from eckart.evaluation.speed import Machine, bytes_per_token
 from eckart.export import export
 from eckart.forms import kernels
@@ -59,10 +59,6 @@ def dense(layers: int, dtype: torch.dtype) -> LlamaForCausalLM:
         vocab_size=VOCABULARY, max_position_embeddings=2048,
     )  # fmt: skip
     return LlamaForCausalLM(config).requires_grad_(False).eval().to(dtype)
-
-
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
 
 
 def of_torch(model: Any, touched: int, rounded: bool = False) -> Row:

@@ -27,17 +27,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import eckart
-from common import machine, table, write_json
+from common import linears, machine, table, write_json
 from eckart.calibration.stream import Batch
 from models import load
 from quality import Scale
 from tasks import TASKS, Decoder
 
 COLUMNS = ("way", "bits asked", "bits stored", "perplexity", "KL", "top-1", "seconds")
-
-
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
 
 
 def stored(value: Any) -> int:
