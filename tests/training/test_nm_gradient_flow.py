@@ -71,6 +71,17 @@ def test_fades() -> None:
     assert [linear.fade(t) for t in (100, 125, 200, 300)] == pytest.approx([1.0, 0.75, 0.0, 0.0])
 
 
+@pytest.mark.parametrize("dense", [0, 100, 800])
+def test_without_a_rate_they_fade_over_whatever_phase_there_is(dense: int) -> None:
+    exponential = placed(toys.mlp(8, 4), 0, dense=dense, fine=0.1)
+    linear = placed(toys.mlp(8, 4), 0, dense=dense, fine=0.1, recipe="mdgf-linear")
+    middle = (dense + 900) // 2
+    assert [exponential.fade(t) for t in (dense, middle)] == pytest.approx([1.0, math.exp(-5)])
+    assert [linear.fade(t) for t in (dense, middle)] == pytest.approx([1.0, 0.5])
+    assert exponential.fade(899) < 2e-4
+    assert linear.fade(899) <= 0.01 + 1e-9
+
+
 def test_undecayed_it_is_the_dense_layer_bit_for_bit_and_faded_out_the_hard_mask() -> None:
     plain, model, x = toys.mlp(8, 4), toys.mlp(8, 4), gaussian(5, 8)
     placed(model, 0)

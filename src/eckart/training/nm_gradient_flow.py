@@ -23,6 +23,8 @@ from eckart.training.parametrised import ParametrisedTraining, original, store_s
 
 RecipeName = Literal["mdgf-exponential", "mdgf-linear", "sdgf-stepwise", "sdgf-geometric", "sr-ste"]
 RECIPES = ("mdgf-exponential", "mdgf-linear", "sdgf-stepwise", "sdgf-geometric", "sr-ste")
+FADED = 10.0
+"""Minus the logarithm of what is left of pruned weights after a phase without a given beta."""
 
 
 class Faded(nn.Module):
@@ -106,7 +108,8 @@ class NMGradientFlow(TrainingMethod):
         recipe: `mdgf-exponential`, b = exp(-beta t); `mdgf-linear`, b = max(1 - beta t, 0); `sdgf-stepwise`, the
             patterns (m-1):m, m/2:m, ... n:m; `sdgf-geometric`, 8n:8m, 4n:4m, 2n:2m, n:m; `sr-ste`, the final pattern
             from the first with full gradients, the baseline.
-        beta: rate of the fading, per step.
+        beta: rate of the fading, per step. None for one that suits the run: to exp(-10) over the sparsifying phase, or
+            to nothing if it is linear. The paper's is 1e-4 and its runs have some 10⁵ steps.
         dense, fine: first and last phase, as shares of the run or in steps.
         flow: of MdGf, `decayed` differentiates what is computed, so that gradients of pruned weights fade as well;
             `ste` passes them whole, as the released code does.
@@ -118,7 +121,7 @@ class NMGradientFlow(TrainingMethod):
     n: int = 2
     m: int = 4
     recipe: RecipeName = "mdgf-exponential"
-    beta: float = 1e-4
+    beta: float | None = None
     dense: int | float = 0.05
     fine: int | float = 0.1
     flow: Literal["decayed", "ste"] = "decayed"
@@ -137,7 +140,7 @@ class NMGradientFlow(TrainingMethod):
         if self.recipe == "sdgf-stepwise" and not math.log2(ratio).is_integer():
             raise ValueError(f"{pattern}: the stepwise recipe halves its way down, so m / n is a power of two")
         for name in ("beta", "pull"):
-            if not getattr(self, name) >= 0:
+            if (value := getattr(self, name)) is not None and not value >= 0:
                 raise ValueError(f"nm_gradient_flow({name}={getattr(self, name)!r}): it is not negative")
         for name in ("dense", "fine"):
             at_step(getattr(self, name), 1, f"nm_gradient_flow: {name}")
@@ -194,8 +197,12 @@ class Fading(ParametrisedTraining[Faded]):
             return 1.0
         if step >= end or not self.settings.recipe.startswith("mdgf"):
             return 0.0
-        rate = self.settings.beta * (step - begin)
-        return math.exp(-rate) if self.settings.recipe == "mdgf-exponential" else max(1 - rate, 0.0)
+        exponential = self.settings.recipe == "mdgf-exponential"
+        beta = self.settings.beta
+        if beta is None:
+            beta = (FADED if exponential else 1.0) / (end - begin)
+        rate = beta * (step - begin)
+        return math.exp(-rate) if exponential else max(1 - rate, 0.0)
 
     def at(self, step: int) -> None:
         n, m = self.pattern(step)
