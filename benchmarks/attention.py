@@ -98,6 +98,7 @@ def one(
         return found | {"error": str(error)}
     return found | {
         "accuracy": accuracy(model, parts[part]), "parameters": sum(p.numel() for p in model.parameters()),
+        "loss": statistics.mean(m.loss for m in measured[-10:]),
         "step": statistics.median(m.seconds for m in measured), "load": machine()["load"],
     }  # fmt: skip
 

@@ -20,6 +20,12 @@ from eckart.files import whole
 
 CPUINFO = Path("/proc/cpuinfo")
 
+Score = tuple[float, float]
+"""What a run is compared by; high is good. The second number tells apart what the first does not: classifiers that have
+learned nothing are all as good as a constant answer, and their training losses say which way to go."""
+
+FAILED: Score = (-math.inf, -math.inf)
+
 
 def machine() -> dict[str, Any]:
     """Processor, cores, threads of torch, its version, and how busy the machine is (load average of one minute)."""
@@ -59,7 +65,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
 
 
-def next_rate(rates: Sequence[float], scores: Mapping[float, float]) -> float | None:
+def next_rate(rates: Sequence[float], scores: Mapping[float, Any]) -> float | None:
     """Of a sorted grid, the rate to try next: the middle, then the neighbours of the best one; high scores are good."""
     if not scores:
         return rates[len(rates) // 2]
@@ -74,7 +80,7 @@ def at_edge(rates: Sequence[float], lr: float) -> str:
 
 def searched(
     row: dict[str, Any], rates: Sequence[float], seeds: Sequence[int],
-    run: Callable[[float, int, str], dict[str, Any]], score: Callable[[dict[str, Any]], float],
+    run: Callable[[float, int, str], dict[str, Any]], score: Callable[[dict[str, Any]], Score],
     save: Callable[[], None],
 ) -> None:  # fmt: skip
     """Add the runs that a row lacks: of the rates on `validation` with seed 0, then of the best one's seeds on `test`.
@@ -84,7 +90,7 @@ def searched(
         rates: the grid, sorted.
         seeds: of the best rate.
         run: trains once, at a rate, with a seed, judged on a part.
-        score: of a run; high is good, minus infinity is a run that failed.
+        score: of a run, FAILED if it did.
         save: called after every run.
     """
     scores = {float(lr): score(found) for lr, found in row["sweep"].items()}
@@ -94,14 +100,14 @@ def searched(
         save()
     best = max(scores, key=scores.__getitem__)
     for seed in seeds:
-        if str(seed) not in row["runs"] and scores[best] > -math.inf:
+        if str(seed) not in row["runs"] and scores[best] > FAILED:
             row["runs"][str(seed)] = run(best, seed, "test")
             save()
 
 
-def accuracy_of(run: dict[str, Any]) -> float:
-    """The score of a classifier's run; one that failed has the worst."""
-    return float(run.get("accuracy", -math.inf))
+def accuracy_of(run: dict[str, Any]) -> Score:
+    """The score of a classifier's run."""
+    return (run["accuracy"], -run.get("loss", 0.0)) if "accuracy" in run else FAILED
 
 
 def show_accuracies(report: dict[str, Any], title: str, console: Console, more: Sequence[str] = ()) -> None:

@@ -42,7 +42,7 @@ from rich.console import Console
 from torch import nn
 
 from adapter_tasks import DORA, LORA, PISSA, TASKS, WHOLE, Task
-from common import at_edge, opened, searched, table, write_json
+from common import FAILED, Score, at_edge, opened, searched, table, write_json
 from eckart import adapters
 from eckart.registry import entries
 from eckart.remarks import noting
@@ -192,9 +192,9 @@ def measure(report: dict[str, Any], a: argparse.Namespace, console: Console) -> 
                 console.print(f"{key}, as LoRA of rank {rank}, {name}: {said(row)}", highlight=False)
 
 
-def scored(run: dict[str, Any], sign: int) -> float:
-    """Higher is better; a run that failed is worst."""
-    return sign * run["figure"] if "figure" in run else -math.inf
+def scored(run: dict[str, Any], sign: int) -> Score:
+    """The figure; of equal ones, the loss of the last step."""
+    return (sign * run["figure"], -run["loss"]) if "figure" in run else FAILED
 
 
 def _dialled(row: dict[str, Any], task: Task, name: str, budget: int, rank: int) -> bool:

@@ -41,7 +41,7 @@ def test_a_search_goes_on_where_it_was_cut_off_and_judges_seeds_at_the_best_rate
 
     def run(lr: float, seed: int, part: str) -> dict[str, Any]:
         ran.append((lr, seed, part))
-        return {"score": -abs(math.log(lr / 3e-3)), "lr": lr}
+        return {"score": (-abs(math.log(lr / 3e-3)), 0.0), "lr": lr}
 
     row: dict[str, Any] = {"sweep": {}, "runs": {}}
     common.searched(row, RATES, [1, 2], run, lambda r: r["score"], lambda: saved.append(len(ran)))
@@ -55,9 +55,20 @@ def test_a_search_goes_on_where_it_was_cut_off_and_judges_seeds_at_the_best_rate
 
 def test_where_every_rate_fails_no_seed_is_run(common: Any) -> None:
     row: dict[str, Any] = {"sweep": {}, "runs": {}}
-    common.searched(row, RATES, [1], lambda *_: {"error": "no"}, lambda _: -math.inf, lambda: None)
+    common.searched(row, RATES, [1], lambda *_: {"error": "no"}, common.accuracy_of, lambda: None)
     assert row["sweep"]
     assert not row["runs"]
+
+
+def test_where_nothing_is_learned_at_first_the_loss_leads_to_the_rate_that_does(common: Any) -> None:
+    row: dict[str, Any] = {"sweep": {}, "runs": {}}
+
+    def run(lr: float, seed: int, part: str) -> dict[str, Any]:
+        return {"accuracy": 0.9 if lr < 5e-4 else 0.73, "loss": lr, "lr": lr}
+
+    common.searched(row, [*RATES, 3e-2, 1e-1], [1], run, common.accuracy_of, lambda: None)
+    assert [*row["sweep"]] == [str(lr) for lr in (3e-3, 1e-3, 3e-4, 1e-4)]
+    assert row["runs"]["1"]["lr"] == 1e-4
 
 
 def test_a_report_of_other_settings_is_left_alone(common: Any, tmp_path: Path) -> None:
