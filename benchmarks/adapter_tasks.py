@@ -33,8 +33,8 @@ from tasks import SENTENCE
 WHOLE, LORA, DORA, PISSA = "full fine-tuning", "PEFT LoRA", "PEFT DoRA", "PEFT PiSSA"
 KERNELS = ("lora_c", "conv_dora", "cp_lora", "cp_dora")
 STARTS = ("lq_lora_start", "eora_start")
-ELSEWHERE = ("dp_lora", "fedsvd", "loku", "explora")
-"""Methods with benchmarks of their own; and ExPLoRA, which frees a whole block, more than these budgets."""
+ELSEWHERE = ("dp_lora", "fedsvd", "loku")
+"""Methods with benchmarks of their own."""
 
 
 def usual() -> tuple[str, ...]:

@@ -14,12 +14,12 @@ token on held-out texts of the kinds that the decoder was trained on, nats on up
 
 A column of budgets is the number of trained parameters of a LoRA of that rank on all linear layers; every method gets
 its dial (rank, bases, ...) turned to the largest value that stays within it, and a method that cannot reach it has
-fewer, as the table says; methods that move ranks get LoRA's rank as their mean, and hold more while they train. The
-learning rate is the best of one grid for all, on validation mails with a seed of its own: the middle one, then the
-neighbours of the best so far, until both are worse; a rate at the edge of the grid is marked. Then come the seeds, on
-test mails: mean and spread (standard deviation). "MB" is counted: gradients, optimiser state, and what autograd keeps
-of one batch. Seconds are medians of steps. Every run is written to the JSON file as it ends; the same command goes on
-with what is missing.
+fewer, as the table says, or more: ExPLoRA frees a whole block; methods that move ranks get LoRA's rank as their mean,
+and hold more while they train. The learning rate is the best of one grid for all, on validation mails with a seed of
+its own: the middle one, then the neighbours of the best so far, until both are worse; a rate at the edge of the grid is
+marked. Then come the seeds, on test mails: mean and spread (standard deviation). "MB" is counted: gradients, optimiser
+state, and what autograd keeps of one batch. Seconds are medians of steps. Every run is written to the JSON file as it
+ends; the same command goes on with what is missing.
 """
 
 from __future__ import annotations
