@@ -10,7 +10,7 @@ import os
 # read when torch is first loaded, and a value that the user has set stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Elsewhere than on Intel's processors, MKL adds up in an order that depends on where in memory a tensor lies, so that a
-# model that was loaded would not be the one that was saved, to the bit; read at the first product, and costs nothing.
+# model that was loaded would not be the one that was saved, to the bit; read at the first product, and costs no time.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 __version__ = "0.1.0"

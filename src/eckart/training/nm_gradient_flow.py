@@ -139,9 +139,9 @@ class NMGradientFlow(TrainingMethod):
         ratio = self.m / self.n
         if self.recipe == "sdgf-stepwise" and not math.log2(ratio).is_integer():
             raise ValueError(f"{pattern}: the stepwise recipe halves its way down, so m / n is a power of two")
-        for name in ("beta", "pull"):
-            if (value := getattr(self, name)) is not None and not value >= 0:
-                raise ValueError(f"nm_gradient_flow({name}={getattr(self, name)!r}): it is not negative")
+        for name, value in (("beta", 0.0 if self.beta is None else self.beta), ("pull", self.pull)):
+            if not value >= 0:
+                raise ValueError(f"nm_gradient_flow({name}={value!r}): it is not negative")
         for name in ("dense", "fine"):
             at_step(getattr(self, name), 1, f"nm_gradient_flow: {name}")
         if not isinstance(self.refresh, int) or self.refresh < 1:
