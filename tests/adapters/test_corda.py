@@ -177,3 +177,26 @@ def test_what_it_cannot_start_from_is_named_and_leaves_nothing() -> None:
     factored = eckart.compress(small_model(), "svd", budget=0.5)[0]
     with pytest.raises(ValueError, match="is factored or quantised"):
         adapters.adapt(factored, "corda", data=batches(2), rank=2)
+
+
+class Pooled(nn.Module):
+    """As an encoder: one layer sees all tokens, the other the first one of each window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.first = nn.Linear(8, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.first(self.all(x)[:, 0])
+        return out
+
+
+def test_a_layer_that_sees_one_row_of_a_window_starts_as_the_others_do() -> None:
+    torch.manual_seed(0)
+    model, x = Pooled(), torch.randn(12, 5, 8)
+    wanted = model(x)
+    adapted = adapters.adapt(model, "corda", data=[{"x": x}], target_modules=["all", "first"], rank=2)
+    assert {n for n, _ in adapted.named_modules() if n.endswith("lora_A.default")} == {
+        f"base_model.model.{n}.lora_A.default" for n in ("all", "first")
+    }
+    torch.testing.assert_close(adapted(x=x), wanted, rtol=1e-4, atol=1e-4)

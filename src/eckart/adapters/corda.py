@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from peft import LoraConfig, PeftConfig
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from eckart.adapters.native import Native, named, put, tidied
 from eckart.calibration.stream import Batch, single_rows
@@ -70,12 +72,11 @@ class Corda(Native):
         probe: Any = copy(config)
         probe.target_modules = list(layers)  # here PEFT does not know `all-linear`
         with tidied(list(layers.values()), model):
-            guards = [layer.register_forward_pre_hook(lambda _, x, name=name: guard(name, x[0])) for name, layer in layers.items()]  # fmt: skip # noqa: E501
-            try:
+            with ExitStack() as stack:
+                for name, layer in layers.items():
+                    for handle in guarded(name, layer):
+                        stack.callback(handle.remove)
                 preprocess_corda(model, probe, lambda: run(model, data or []))
-            finally:
-                for handle in guards:
-                    handle.remove()
             started = put(model, config, adapter_name)
         if self.start_folder:
             as_made = started.peft_config[adapter_name]
@@ -101,6 +102,24 @@ def without_padding(row: Batch) -> Batch:
         return row
     kept = mask[0].bool()
     return {k: v[:, kept] if isinstance(v, Tensor) and v.shape[:2] == mask.shape else v for k, v in row.items()}
+
+
+def guarded(name: str, layer: nn.Module) -> list[RemovableHandle]:
+    """Check what enters a layer, and let a single row, as a pooler has it, pass as a window of one: PEFT takes off the
+    first dimension, whatever it is."""
+    alone = False
+
+    def before(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        nonlocal alone
+        x = inputs[0]
+        guard(name, x)
+        alone = x.dim() == 2 and len(x) == 1
+        return (x[None], *inputs[1:]) if alone else None
+
+    def after(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+        return output[0] if alone else None
+
+    return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
 
 
 def guard(name: str, x: Tensor) -> None:
