@@ -164,3 +164,28 @@ def test_batches_that_are_too_small_are_left_out_and_said() -> None:
         model = adapters.adapt(small_model(), "eva", data=[*batches(4), short], rank=2)
     other = adapters.adapt(small_model(), "eva", data=batches(4), rank=2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+class Pooled(nn.Module):
+    """As an encoder with a head: one layer sees all tokens, the other the first one of each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.all, self.first = nn.Embedding(50, 8), nn.Linear(8, 8), nn.Linear(8, 6)
+
+    def forward(self, input_ids: Tensor, **_: Tensor) -> Tensor:
+        out: Tensor = self.first(self.all(self.table(input_ids))[:, 0])
+        return out
+
+
+def test_labels_of_whole_rows_mask_no_tokens_and_a_layer_may_see_one_of_them() -> None:
+    torch.manual_seed(0)
+    data = [
+        {"input_ids": torch.randint(50, (64, 5)), "attention_mask": torch.ones(64, 5), "labels": torch.arange(64) % 2}
+        for _ in range(8)
+    ]
+    model = Pooled()
+    wanted = model(**data[0])
+    adapted = adapters.adapt(model, "eva", data=data, target_modules=["all", "first"], rank=2, similarity=0.9)
+    assert {*loras(adapted)} == {"all", "first"}
+    torch.testing.assert_close(adapted(**data[0]), wanted)

@@ -99,8 +99,9 @@ class Eva(Native):
         """(b, length) True for tokens that count; None where all do."""
         mask: Tensor | None = batch.get("attention_mask")
         mask = None if mask is None or mask.dim() != 2 else mask.bool()
-        if self.labels_only and isinstance(batch.get("labels"), Tensor) and "input_ids" in batch:
-            labelled = batch["labels"] != -100
+        labels = batch.get("labels")
+        if self.labels_only and isinstance(labels, Tensor) and "input_ids" in batch and labels.shape == batch["input_ids"].shape:  # fmt: skip # noqa: E501
+            labelled = labels != -100
             mask = labelled if mask is None else mask & labelled
         return mask
 
@@ -131,7 +132,7 @@ def rows(entered: Any, mask: Tensor | None, name: str) -> Float[Tensor, "tokens 
         raise ValueError(f"what enters {name} has NaN or infinite numbers: EVA cannot start from it")
     if len(x) > 1 and bool((x == x[0]).all()):
         raise ValueError(f"what enters {name} is the same for all tokens: it has no direction that EVA could start from; leave the layer out with exclude_modules")  # fmt: skip # noqa: E501
-    return x
+    return x.contiguous()
 
 
 class Rounds:
