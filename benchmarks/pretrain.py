@@ -15,8 +15,8 @@ refreshes are the same for all; the other settings are those of the papers, as t
 
 "bytes" are counted, tensor by tensor: weights, gradients and optimiser state at the last step, and what autograd keeps
 of one batch. Perplexity is on windows of the held-out texts, of the model as it would be saved. Every run is written
-to the JSON file as it ends, and the same command goes on with what is missing. "parameters" are those at the first step.
-The usual size took six hours of one busy core, so three where two processes share the rows, each with a file of its own;
+to the JSON file as it ends, and the same command goes on with what is missing. "parameters" are the first step's.
+The usual size took six hours of one busy core, or three where two processes share the rows, in a file each;
 `--quick` takes two minutes, which say nothing about quality.
 """
 
