@@ -228,6 +228,10 @@ class MiniLM(Task):
     def model(self) -> nn.Module:
         return load("minilm", torch.float32)
 
+    def words(self, method: str) -> dict[str, Any]:
+        """The features do not depend on the pooler, so that no gradient says where to start there."""
+        return {"exclude_modules": ["pooler.dense"]} if method == "lora_sb" else {}
+
     def wrapped(self, adapted: nn.Module, seed: int) -> nn.Module:
         return Classifier(adapted, seed)
 

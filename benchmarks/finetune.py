@@ -110,15 +110,18 @@ def dial(task: Task, name: str, budget: int, rank: int) -> int | None:
         return None
     if name in RANKED:
         return rank
-    best = 0
+    best, refused = 0, None
     for value in LADDER:
         try:
             size = count(put(task, name, value, 0, 1))
-        except ValueError:  # a rank that the layers cannot have
+        except ValueError as error:  # a rank that the layers cannot have
+            refused = error
             continue
         if best and size > budget:
             break
         best = value
+    if not best and refused:
+        raise refused
     return best
 
 

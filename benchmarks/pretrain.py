@@ -1,6 +1,6 @@
 """Pre-training with low-rank gradients and low-rank weights, side by side: quality, memory, time.
 
-    python benchmarks/pretrain.py [--json pretrain.json] [--page pretrain.html] [--size 5m|15m] [--methods GaLore ...]
+    python benchmarks/pretrain.py [--json pretrain.json] [--page pretrain.html] [--size 5m|11m] [--methods GaLore ...]
                                   [--start drawn|trained] [--tokens 614400] [--rates 1e-4 3e-4 ... 1e-1]
                                   [--threads 1] [--device cuda] [--quick]
 

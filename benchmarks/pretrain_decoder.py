@@ -1,6 +1,6 @@
 """Pre-train a small English decoder in full precision: what quantisation is judged on, far from any grid.
 
-    python benchmarks/pretrain_decoder.py OUT [--size 5m|15m] [--steps N] [--seed 0] [--resume] [--device cpu]
+    python benchmarks/pretrain_decoder.py OUT [--size 5m|11m] [--steps N] [--seed 0] [--resume] [--device cpu]
 
 Llama architecture, a byte-level BPE of 4,096 tokens, windows of 256, on the texts of corpora.py, of each of which the
 last twentieth is held out. A run that is killed goes on from its last checkpoint with `--resume` and then sees the
@@ -32,7 +32,7 @@ from eckart.runs.build import END
 
 SIZES = {
     "5m": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4},
-    "15m": {"hidden_size": 384, "intermediate_size": 1056, "num_hidden_layers": 8, "num_attention_heads": 6},
+    "11m": {"hidden_size": 384, "intermediate_size": 1056, "num_hidden_layers": 6, "num_attention_heads": 6},
 }
 VOCABULARY, LENGTH, BATCH = 4096, 256, 32
 HELD_OUT, JUDGED = 0.05, 60_000  # of each text; characters of that which are measured
