@@ -20,11 +20,9 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +32,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 import eckart
-from common import accuracy_of, machine, opened, searched, show_accuracies, table, write_json
+from common import (
+    accuracy_of,
+    machine,
+    opened,
+    search_chosen,
+    search_options,
+    searched,
+    show_accuracies,
+    table,
+    write_json,
+)
 from eckart.checkpoint.source import no_bars
 from eckart.runs import Loop, Training, finish
 from eckart.runs.batches import Example, Examples
@@ -173,24 +181,17 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path("attention.json"), help="results; a run goes on from here")
+    quick = "few mails, two steps, one rate, one seed, one length"
+    parser = search_options(__doc__, "attention.json", [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2], quick)
     parser.add_argument("--methods", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--tokens", type=int, default=128, help="of an e-mail")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="that the best rate is judged with")
     parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 2048], help="that time is measured at")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="few mails, two steps, one rate, one seed, one length")
-    a = parser.parse_args()
-    a.rates.sort()
+    a, console = search_chosen(parser)
     transformers.logging.set_verbosity_error()  # that a new head has no weights yet
     if a.quick:
-        a.steps, a.rates, a.seeds, a.lengths = 2, a.rates[len(a.rates) // 2 :][:1], a.seeds[:1], a.lengths[:1]
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+        a.steps, a.seeds, a.lengths = 2, a.seeds[:1], a.lengths[:1]
     report = opened(a.json, {k: getattr(a, k) for k in ("tokens", "steps", "rates", "seeds", "quick")})
     measure(report, a, console)
     show(report, console)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,34 @@ def table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers of a decoder's blocks."""
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in n}
+
+
+def search_options(doc: str | None, file: str, rates: Sequence[float], quick: str) -> argparse.ArgumentParser:
+    """A parser that knows what all searches of a learning rate are told: where results lie, the grid, threads.
+
+    Args:
+        doc: of the benchmark.
+        file: the name of its results, unless given.
+        rates: its grid, unless given.
+        quick: what `--quick` makes of it.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path(file), help="the results, and where a run goes on")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(rates), help="the grid of learning rates")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; fewer than cores where others want them, too")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
+
+
+def search_chosen(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Console]:
+    """What was asked for, the grid ascending (with `--quick`, its middle alone), and where to print."""
+    a = parser.parse_args()
+    a.rates.sort()
+    if a.quick:
+        a.rates = a.rates[len(a.rates) // 2 :][:1]
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    return a, Console(width=None if sys.stdout.isatty() else 160)
 
 
 def next_rate(rates: Sequence[float], scores: Mapping[float, Any]) -> float | None:

@@ -18,11 +18,9 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import eckart
-from common import accuracy_of, machine, opened, searched, show_accuracies, write_json
+from common import accuracy_of, machine, opened, search_chosen, search_options, searched, show_accuracies, write_json
 from eckart.remarks import noting
 from garments import KINDS, Garments, garments
 
@@ -175,22 +173,15 @@ def said(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path("convolutions.json"), help="results; a run goes on from here")
+    rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+    parser = search_options(__doc__, "convolutions.json", rates, "a few pictures, one rate, one seed")
     parser.add_argument("--methods", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--pictures", type=int, default=10_000, help="to learn from")
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a few pictures, one rate, one seed")
-    a = parser.parse_args()
-    a.rates.sort()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="that the best rate is judged with")
+    a, console = search_chosen(parser)
     if a.quick:
-        a.pictures, a.epochs, a.rates, a.seeds = 10 * BATCH, 1, a.rates[len(a.rates) // 2 :][:1], a.seeds[:1]
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+        a.pictures, a.epochs, a.seeds = 10 * BATCH, 1, a.seeds[:1]
     report = opened(a.json, {k: getattr(a, k) for k in ("pictures", "epochs", "rates", "seeds", "quick")})
     measure(report, a, console)
     title = f"{a.pictures:,} pictures, {a.epochs} epochs, {len(a.seeds)} seeds"

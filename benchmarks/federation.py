@@ -21,11 +21,9 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from copy import deepcopy
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +32,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from common import accuracy_of, at_edge, opened, searched, table, write_json
+from common import accuracy_of, at_edge, opened, search_chosen, search_options, searched, table, write_json
 from eckart import adapters
 from eckart.adapters.federation import InProcess, LocalClient, Privacy, Server, noise_for
 from mail import mails
@@ -198,24 +196,17 @@ def show(report: dict[str, Any], a: argparse.Namespace, console: Console) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path("federation.json"), help="results; a run goes on from here")
+    quick = "one round of one step, one rate, one seed"
+    parser = search_options(__doc__, "federation.json", [0.1, 0.3, 1.0, 3.0, 10.0, 30.0], quick)
     parser.add_argument("--methods", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--epsilons", type=float, nargs="+", default=[6.0, math.inf], help="inf is without privacy")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=4, help="of a client in a round")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0, 30.0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="one round of one step, one rate, one seed")
-    a = parser.parse_args()
-    a.rates.sort()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="that the best rate is judged with")
+    a, console = search_chosen(parser)
     if a.quick:
-        a.rounds, a.steps, a.batch, a.rates, a.seeds = 1, 1, 4, a.rates[len(a.rates) // 2 :][:1], a.seeds[:1]
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+        a.rounds, a.steps, a.batch, a.seeds = 1, 1, 4, a.seeds[:1]
     report = opened(a.json, {k: getattr(a, k) for k in ("rounds", "steps", "batch", "rates", "seeds", "quick")})
     measure(report, a, console)
     show(report, a, console)

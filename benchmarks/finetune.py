@@ -28,7 +28,6 @@ import argparse
 import dataclasses
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,7 +41,7 @@ from rich.console import Console
 from torch import nn
 
 from adapter_tasks import DORA, LORA, PISSA, TASKS, WHOLE, Task
-from common import FAILED, Score, at_edge, opened, searched, table, write_json
+from common import FAILED, Score, at_edge, opened, search_chosen, search_options, searched, table, write_json
 from eckart import adapters
 from eckart.registry import entries
 from eckart.remarks import noting
@@ -246,26 +245,19 @@ def show(report: dict[str, Any], a: argparse.Namespace, console: Console) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    quick = "a few windows, two steps, one rate, one seed"
+    parser = search_options(__doc__, "finetune.json", [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], quick)
     names = list(dict.fromkeys(name for task in TASKS.values() for name in task.rows))
-    parser.add_argument("--json", type=Path, default=Path("finetune.json"), help="the results, and where a run goes on")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["decoder", "minilm"])
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 16], help="of the LoRA whose size is the budget")
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="that the best rate is judged with")
     parser.add_argument("--bfloat16", action="store_true", help="train under bfloat16 autocast")
-    parser.add_argument("--quick", action="store_true", help="a few windows, two steps, one rate, one seed")
-    a = parser.parse_args()
-    a.rates.sort()
+    a, console = search_chosen(parser)
     if a.quick:
-        a.steps, a.rates, a.seeds, a.ranks = 2, a.rates[len(a.rates) // 2 :][:1], a.seeds[:1], a.ranks[:1]
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    settings = {k: getattr(a, k) for k in ("steps", "rates", "seeds", "bfloat16", "quick")}
-    console, report = Console(width=None if sys.stdout.isatty() else 160), opened(a.json, settings)
+        a.steps, a.seeds, a.ranks = 2, a.seeds[:1], a.ranks[:1]
+    report = opened(a.json, {k: getattr(a, k) for k in ("steps", "rates", "seeds", "bfloat16", "quick")})
     measure(report, a, console)
     show(report, a, console)
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,7 +36,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import eckart
-from common import at_edge, machine, next_rate, opened, table, write_json
+from common import at_edge, machine, next_rate, opened, search_chosen, search_options, table, write_json
 from corpora import corpora
 from eckart.calibration.data import token_batches
 from eckart.calibration.tokens import Tokens
@@ -247,32 +246,25 @@ def page(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    rates = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+    parser = search_options(__doc__, "pretrain.json", rates, "a little text, a few steps, one rate")
     names = list(dict.fromkeys(name for start in STARTS for name in ways(start)))
-    parser.add_argument("--json", type=Path, default=Path("pretrain.json"), help="the results, and where a run goes on")
     parser.add_argument("--page", type=Path, help="also draw perplexity over memory into this HTML file")
     parser.add_argument("--size", choices=list(SIZES), default="5m")
     parser.add_argument("--methods", nargs="+", choices=names, help="rows to run (default all)")
     parser.add_argument("--start", choices=STARTS, default="drawn", help="drawn weights, or the trained decoder")
     parser.add_argument("--tokens", type=int, default=614_400, help="of every run")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
     parser.add_argument("--rank", type=int, default=64, help="of projectors and factors (default 64)")
     parser.add_argument("--density", type=float, default=0.25, help="of FRUGAL, which has no rank")
     parser.add_argument("--interval", type=int, default=50, help="steps between refreshes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="of torch; fewer than cores where others want them, too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a little text, a few steps, one rate")
-    a = parser.parse_args()
-    a.rates.sort()
+    a, console = search_chosen(parser)
     if a.start == "trained" and a.size != "5m":
         parser.error(f"--start trained: the trained decoder has the size 5m, not {a.size}")
     if a.quick:
-        a.tokens, a.rates, a.interval = 4 * BATCH * LENGTH, a.rates[len(a.rates) // 2 :][:1], 2
-    if a.threads:
-        torch.set_num_threads(a.threads)
+        a.tokens, a.interval = 4 * BATCH * LENGTH, 2
     named = ("start", "size", "tokens", "rates", "rank", "density", "interval", "seed", "quick")
-    console = Console(width=None if sys.stdout.isatty() else 160)
     report = opened(a.json, {k: getattr(a, k) for k in named})
     windows, judged = texts(a.quick)
     if a.quick:
