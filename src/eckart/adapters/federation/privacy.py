@@ -42,7 +42,8 @@ class Privacy:
         noise: sigma.
         mode: `certified` or `as described`.
         vectorised: take the gradients of `at_once` examples together, by torch.func.vmap: faster, for models whose
-            code does not look at its tensors' values; else one after the other.
+            code does not look at its tensors' values; else one after the other. Masks of transformers do that: give
+            `attention_mask` ready made, (examples, 1, length, length), 0 where words are seen, else the lowest float.
         at_once: examples.
     """
 
