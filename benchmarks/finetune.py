@@ -133,8 +133,10 @@ def one(
         adapted = put(task, name, value, seed, rank)
     except (RuntimeError, ValueError) as error:
         return found | {"error": f"{type(error).__name__}: {error}"}
-    schedule = adapters.schedule(adapted) if hasattr(adapted, "peft_config") else Schedule()
+    schedule: Any = adapters.schedule(adapted) if hasattr(adapted, "peft_config") else Schedule()
     head = task.wrapped(adapted, seed)
+    if name == "diffora":  # which has held-out batches, and a model that may give no loss of its own
+        schedule.loss = lambda _, batch: task.loss(head, batch)
     found["trained"] = count(adapted)
     optimizer = torch.optim.AdamW(trained(head), lr, weight_decay=0.0)
     schedule.begin(optimizer, a.steps)

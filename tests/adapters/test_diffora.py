@@ -270,8 +270,20 @@ def test_a_search_without_held_out_data_or_room_is_refused() -> None:
     with pytest.raises(ValueError, match="kept from training"):
         adapters.schedule(model)
     silent = put([{"x": torch.zeros(2, 8, 8)}])
-    with pytest.raises(ValueError, match="must hold its labels"):
+    with pytest.raises(ValueError, match=r"must hold its labels; .* set `loss`"):
         run(silent, data(planted(0), 60, 0), adapters.schedule(silent))
+
+
+def test_a_loss_of_ones_own_leads_the_search_of_a_model_that_gives_none() -> None:
+    held, learned = data(planted(0), 4, 1), data(planted(0), 60, 0)
+    own, given = put(held), put([{"x": b["x"], "wanted": b["labels"]} for b in held])
+    schedule = adapters.schedule(given)
+    schedule.loss = lambda model, b: (model(b["x"]).y - b["wanted"]).square().mean()
+    run(own, learned, adapters.schedule(own))
+    run(given, learned, schedule)
+    assert chosen(given) == chosen(own)
+    for name, update in updates(given).items():
+        assert torch.equal(update.search, updates(own)[name].search)
 
 
 def test_a_kind_of_different_shapes_cannot_share() -> None:

@@ -151,6 +151,26 @@ def test_importance_is_of_the_new_numbers_and_the_gradient_that_moved_them() -> 
     assert near(state["uncertainty"] / deviation.max(), deviation / deviation.max())
 
 
+def test_a_layer_that_is_not_run_has_no_importance_and_its_entries_go_to_the_others() -> None:
+    model = stack(initial_sparsity=0.5, sparsity=0.5, begin=0, end=4, interval=2)
+    schedule, (*_, last) = adapters.schedule(model), adapters.updates(model).values()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    schedule.begin(optimizer, 6)
+    before = sum(kept(model))
+    for step in range(6):
+        F.mse_loss(model(torch.randn(8, 16)), torch.randn(8, 12)).backward()
+        if step < 5:
+            last.P.grad = last.Q.grad = None
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step == 4:
+            assert last.P not in optimizer.state
+            assert sum(kept(model)) == before
+            assert kept(model)[-1] == 0
+    assert {"step", "importance"} <= {*optimizer.state[last.P]}  # as soon as it is run, it is treated as the others
+
+
 def test_a_run_that_is_cut_goes_on_as_if_it_were_not() -> None:
     settings = {"sparsity": 0.7, "interval": 2, "end": 8}
     whole, cut, again = stack(**settings), stack(**settings), stack(**settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -60,6 +61,7 @@ class Search(Schedule):
 
     Attributes:
         entropies: of the relaxed choice after each step of the gates: near 0 too early, the gates have collapsed.
+        loss: of the model on a held-out batch; to be replaced where the model has none of its own.
     """
 
     needs_total = True
@@ -68,6 +70,7 @@ class Search(Schedule):
         super().__init__()
         self.config, self.model, self.updates = config, model, updates
         self.entropies: list[float] = []
+        self.loss: Callable[[nn.Module, dict[str, Any]], Tensor] = held_out_loss
         self.first = self.last = -1
         self.groups = config.grouped(list(updates))
 
@@ -105,7 +108,7 @@ class Search(Schedule):
         logits = state[:, 0].clone().requires_grad_(True)
         with torch.enable_grad():
             self._set(self.relaxed(logits))
-            loss = held_out_loss(self.model, batches[(count - 1) % len(batches)])
+            loss = self.loss(self.model, batches[(count - 1) % len(batches)])
             (gradient,) = torch.autograd.grad(loss, logits)
         first, second = 0.5 * state[:, 1] + 0.5 * gradient, 0.999 * state[:, 2] + 0.001 * gradient.square()
         step = first / (1 - 0.5**count) / ((second / (1 - 0.999**count)).sqrt() + 1e-8)
@@ -252,5 +255,5 @@ def held_out_loss(model: nn.Module, batch: dict[str, Any]) -> Float[Tensor, ""]:
         batch["labels"] = labels if mask is None else labels.masked_fill(mask == 0, -100)
     loss: Tensor | None = getattr(model(**batch), "loss", None)
     if loss is None:
-        raise ValueError("the model gives no loss for diffora's held-out batches: they must hold its labels")
+        raise ValueError("the model gives no loss for diffora's held-out batches: they must hold its labels; where it has none of its own, set `loss`, a function of model and batch, of the schedule that eckart.adapters.schedule gives")  # fmt: skip # noqa: E501
     return loss

@@ -69,6 +69,8 @@ class Competition(Schedule):
         ramp = self.ramp
         if step == 0:
             return
+        if self.optimizer is None or all(p.grad is None for m in self.matrices for p in (m.P, m.Q)):
+            raise RuntimeError("SNELLA reads gradients after the optimiser's step, and finds none: call schedule.step() before optimizer.zero_grad()")  # fmt: skip # noqa: E501
         scores = [sum(self._importance(p) for p in (m.P, m.Q)) for m in self.matrices]
         if step == ramp.end or (step > ramp.begin and step % self.settings.interval == 0):
             kept = shared_out(round(ramp(step)), scores, [m.count for m in self.matrices])
@@ -76,18 +78,17 @@ class Competition(Schedule):
                 matrix.kept.fill_(count)
 
     def _importance(self, p: nn.Parameter) -> float:
-        """The mean score of a factor, with its averages brought up to date."""
-        if p.grad is None or self.optimizer is None:
-            raise RuntimeError("SNELLA reads gradients after the optimiser's step, and finds none: call schedule.step() before optimizer.zero_grad()")  # fmt: skip # noqa: E501
-        state: dict[str, Any] = self.optimizer.state[p]
-        for name in ("importance", "uncertainty"):
-            if name not in state:
-                state[name] = torch.zeros_like(p)
-        now = torch.nan_to_num(p * p.grad).abs()
-        importance, uncertainty = state["importance"], state["uncertainty"]
-        importance.lerp_(now, 1 - self.settings.beta1)
-        uncertainty.lerp_((now - importance).abs(), 1 - self.settings.beta2)
-        return float((importance * uncertainty).mean())
+        """The mean score of a factor, with its averages brought up to date where it has a gradient."""
+        assert self.optimizer is not None
+        state: dict[str, Any] = self.optimizer.state.get(p, {}) if p.grad is None else self.optimizer.state[p]
+        if p.grad is not None:
+            for name in ("importance", "uncertainty"):
+                if name not in state:
+                    state[name] = torch.zeros_like(p)
+            now = torch.nan_to_num(p * p.grad).abs()
+            state["importance"].lerp_(now, 1 - self.settings.beta1)
+            state["uncertainty"].lerp_((now - state["importance"]).abs(), 1 - self.settings.beta2)
+        return float((state["importance"] * state["uncertainty"]).mean()) if "importance" in state else 0.0
 
 
 def shared_out(budget: int, scores: Sequence[float], capacities: Sequence[int]) -> list[int]:
