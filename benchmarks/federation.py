@@ -1,6 +1,6 @@
 """Adapters that clients with private data train together: what rules of joining and frozen factors are worth.
 
-    python benchmarks/federation.py [--json federation.json] [--methods fedsvd ...] [--epsilons 6 inf]
+    python benchmarks/federation.py [--json federation.json] [--methods fedsvd ...] [--epsilons 6]
                                     [--rounds 10] [--rates 0.1 0.3 1 3 10 30] [--seeds 1 2 3] [--threads 1] [--quick]
 
 MiniLM learns to tell spam. Its head was fitted to 64 public mails and is frozen. Other mails (mail.py) lie with six
@@ -199,7 +199,7 @@ def main() -> None:
     quick = "one round of one step, one rate, one seed"
     parser = search_options(__doc__, "federation.json", [0.1, 0.3, 1.0, 3.0, 10.0, 30.0], quick)
     parser.add_argument("--methods", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--epsilons", type=float, nargs="+", default=[6.0, math.inf], help="inf is without privacy")
+    parser.add_argument("--epsilons", type=float, nargs="+", default=[6.0], help="inf is without privacy")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=4, help="of a client in a round")
     parser.add_argument("--batch", type=int, default=32)
