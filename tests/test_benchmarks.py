@@ -71,6 +71,16 @@ def test_where_nothing_is_learned_at_first_the_loss_leads_to_the_rate_that_does(
     assert row["runs"]["1"]["lr"] == 1e-4
 
 
+@pytest.mark.parametrize(("words", "rates"), [([], [1e-3, 3e-3, 1e-2]), (["--quick"], [3e-3])])
+def test_a_quick_search_takes_the_middle_of_the_grid(
+    common: Any, monkeypatch: pytest.MonkeyPatch, words: list[str], rates: list[float]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmark", "--rates", "1e-2", "1e-3", "3e-3", *words])
+    chosen, _ = common.search_chosen(common.search_options("doc", "file.json", RATES, "little"))
+    assert chosen.rates == rates
+    assert chosen.json == Path("file.json")
+
+
 def test_a_report_of_other_settings_is_left_alone(common: Any, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     report = common.opened(file, {"steps": 3, "seed": 0})

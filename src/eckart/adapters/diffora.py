@@ -160,8 +160,9 @@ class DiffoRA(Adapter):
     the rest is dropped. Let the search end while the pairs still learn: once they have settled, the gradients of the
     gates are noise, which undoes the order.
 
-    `eckart.adapters.schedule` does all this; its `finish` cuts dropped layers to rank 0. The paper could not be read in
-    full: the form of the gates, the grouping and the split of the run are those of its lineage.
+    `eckart.adapters.schedule` does all this; its `finish` cuts dropped layers to rank 0. Where the model gives no loss
+    of its own, such as an encoder under another head, set that schedule's `loss`, of model and batch. The paper could
+    not be read in full: the form of the gates, the grouping and the split of the run are those of its lineage.
 
     Args:
         rank: of each pair.
