@@ -142,6 +142,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--quick", action="store_true", help="two steps, a few windows")
     a = parser.parse_args()
+    if min(a.ratios) * EXPERTS < ASKED:
+        parser.error(f"--ratios: a token is sent to {ASKED} of {EXPERTS} experts, so at least {ASKED / EXPERTS:g} stay")
     if a.quick:
         a.steps, a.samples = 2, 4
     torch.set_num_threads(a.threads)

@@ -43,6 +43,7 @@ from torch import nn
 from adapter_tasks import DORA, LORA, PISSA, TASKS, WHOLE, Task
 from common import FAILED, Score, at_edge, opened, search_chosen, search_options, searched, table, write_json
 from eckart import adapters
+from eckart.adapters.diffora import Search
 from eckart.registry import entries
 from eckart.remarks import noting
 from eckart.runs.counting import SavedBytes, gradient_bytes, state_bytes
@@ -133,9 +134,9 @@ def one(
         adapted = put(task, name, value, seed, rank)
     except (RuntimeError, ValueError) as error:
         return found | {"error": f"{type(error).__name__}: {error}"}
-    schedule: Any = adapters.schedule(adapted) if hasattr(adapted, "peft_config") else Schedule()
+    schedule = adapters.schedule(adapted) if hasattr(adapted, "peft_config") else Schedule()
     head = task.wrapped(adapted, seed)
-    if name == "diffora":  # which has held-out batches, and a model that may give no loss of its own
+    if isinstance(schedule, Search):  # which has held-out batches, and a model that may give no loss of its own
         schedule.loss = lambda _, batch: task.loss(head, batch)
     found["trained"] = count(adapted)
     optimizer = torch.optim.AdamW(trained(head), lr, weight_decay=0.0)
