@@ -69,8 +69,11 @@ ROWS = {
     "nearest, searched": Way(form=codes(SEARCHED), metric=COVARIANCE, allocation="optimal()"),
     "gptq rounding": Way(form=codes(GPTQ), metric=COVARIANCE, allocation="optimal()"),
     "gptq, searched": Way(form=codes(SEARCHED + GPTQ), metric=COVARIANCE, allocation="optimal()"),
+    "nearest, rotated": Way(form=f"rotated({codes()})", allocation="optimal()"),
+    "gptq, rotated": Way(form=f"rotated({codes(GPTQ)})", metric=COVARIANCE, allocation="optimal()"),
     "nearest, tables too": Way(form=codes(), allocation="optimal()", targets=TABLES_TOO),
     "gptq, tables too": Way(form=codes(GPTQ), metric=COVARIANCE, allocation="optimal()", targets=TABLES_TOO),
+    "pvq, tables too": Way("pvq", targets=TABLES_TOO),
     "nearest + low rank": Way(form=codes(more=LOW_RANK), metric=COVARIANCE, allocation="optimal()"),
     "gptq + low rank": Way(form=codes(GPTQ, LOW_RANK), metric=COVARIANCE, allocation="optimal()"),
 }

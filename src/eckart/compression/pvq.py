@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from eckart.forms import Form
 from eckart.forms.pyramid import Pyramid
+from eckart.forms.rotated import Rotated
 from eckart.jobs.recipe import Recipe
 from eckart.metrics import InputCovariance, Metric
 from eckart.registry import method
@@ -20,6 +21,6 @@ class PVQ(Recipe):
     a group's points are numbered in 62 bits, which bounds its size; activations are not quantised.
     """
 
-    form: Form = field(default_factory=Pyramid)
+    form: Form = field(default_factory=lambda: Rotated(Pyramid()))
     metric: Metric = field(default_factory=InputCovariance)
     one_shot: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from eckart.forms.grids import GRIDS, Grid, Parameters, Slot, divisor, ends
+from eckart.linalg.constants import constant
 from eckart.linalg.kmeans1d import kmeans1d, nearest
 
 
@@ -52,7 +52,7 @@ class NormalFloat(Scaled):
         return normal_float(bits)
 
 
-@functools.cache
+@constant
 def normal_float(bits: int) -> Float[Tensor, " levels"]:
     """2^bits quantiles, one more above zero than below it.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +13,7 @@ from eckart.forms.algebra import thin
 from eckart.forms.base import FORMS, DecodedMatrix, Form, Shape, check_shape, empty, stored
 from eckart.forms.gptq import GPTQ
 from eckart.forms.packing import pack, pack_wide, packed_width, unpack, unpack_wide
+from eckart.linalg.constants import constant
 from eckart.linalg.kmeans1d import kmeans1d
 from eckart.linalg.pyramid import MOST_BITS, MOST_PULSES, index_bits, index_of, nearest_point, point_of
 from eckart.linalg.weighting import PLAIN, Weighting
@@ -193,7 +193,7 @@ def nearest_level(
     return torch.bucketize(shares.contiguous(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def gain_levels(bits: int, group: int, width: int) -> Float[Tensor, " levels"]:
     """Zero, and 2^bits - 1 lengths of groups of a random vector of norm 1, least in mean squared error (Lloyd-Max).
 

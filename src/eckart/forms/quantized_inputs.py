@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eckart.forms.base import FORMS, Curve, Factored, Form, Shape
+from eckart.forms.base import FORMS, Factored, Form
 from eckart.forms.dense import Dense
 from eckart.forms.quantized import Groups, Quantized
 from eckart.forms.roundings import Nearest
-from eckart.linalg.weighting import PLAIN, Weighting
+from eckart.forms.wrapper import Wrapper
 
 
 class QuantizedInputsMatrix(Factored):
@@ -55,7 +56,7 @@ class QuantizedInputsMatrix(Factored):
 
 @FORMS.word("quantized_inputs")
 @dataclass(frozen=True)
-class QuantizedInputs(Form):
+class QuantizedInputs(Wrapper):
     """A matrix of any form on inputs that are rounded first, each group of each row on a grid found there and then.
 
     `quantized_inputs(matrix=quantized(bits=4), inputs=quantized(bits=4, group=None))` is what the field calls W4A4
@@ -68,49 +69,19 @@ class QuantizedInputs(Form):
             are found in float32 and rounded to the dtype of the inputs.
     """
 
+    inside: ClassVar[str] = "matrix"
     matrix: Form = field(default_factory=Quantized)
     inputs: Quantized = field(default_factory=lambda: Quantized(bits=8, group=None))
 
     def __post_init__(self) -> None:
-        if not isinstance(self.matrix, Form):
-            raise ValueError(f"quantized_inputs(matrix={self.matrix!r}): that is no form")
+        super().__post_init__()
         if not isinstance(self.inputs, Quantized) or self.inputs.open:
             raise ValueError(f"quantized_inputs(inputs={self.inputs}): they are quantized(bits=...), with all settings")
         if (self.inputs.rounding, self.inputs.scales) != (Nearest(), Dense()):
             raise ValueError(f"quantized_inputs(inputs={self.inputs}): inputs are rounded to the nearest number, and their scales are kept: leave rounding and scales out")  # fmt: skip # noqa: E501
 
-    @property
-    def open(self) -> bool:
-        return self.matrix.open
-
-    def inner(self, out: int | None = None, in_: int | None = None) -> int | None:
-        return self.matrix.inner(out, in_)
-
-    def ladder(self, shape: Shape) -> list[Form]:
-        return [self._of(form) for form in self.matrix.ladder(shape)]
-
-    def build(
-        self, shape: Shape, *, dtype: torch.dtype | None = None, device: str | None = None
-    ) -> QuantizedInputsMatrix:
-        return QuantizedInputsMatrix(self.matrix.build(shape, dtype=dtype, device=device), self)
-
-    def fit(
-        self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
-    ) -> QuantizedInputsMatrix:
-        return QuantizedInputsMatrix(self.matrix.fit(matrix, weighting, dtype=dtype), self)
-
-    @property
-    def fits_rungs(self) -> bool:
-        return self.matrix.fits_rungs
-
-    def curve(
-        self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype, energy: float | None = None
-    ) -> Curve:
-        found = self.matrix.curve(matrix, weighting, dtype, energy)
-        return replace(found, forms=[self._of(form) for form in found.forms])
-
-    def _of(self, form: Form) -> QuantizedInputs:
-        return replace(self, matrix=form)
+    def around(self, module: Factored) -> QuantizedInputsMatrix:
+        return QuantizedInputsMatrix(module, self)
 
 
 def rounded(x: Float[Tensor, "*batch in"], inputs: Quantized) -> Float[Tensor, "*batch in"]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from eckart.forms.base import FORMS, Factored, Form, Shape
+from eckart.forms.base import FORMS, Factored, Form
 from eckart.forms.dense import Dense
-from eckart.linalg.weighting import PLAIN, Weighting
+from eckart.forms.wrapper import Wrapper
+from eckart.linalg.weighting import Weighting
 
 
 class ScaledMatrix(Factored):
@@ -41,7 +42,7 @@ class ScaledMatrix(Factored):
 
 @FORMS.word("scaled")
 @dataclass(frozen=True)
-class Scaled(Form):
+class Scaled(Wrapper):
     """by * form. A fit does not need it; training does, whose steps are as large as the number makes them.
 
     Args:
@@ -53,27 +54,18 @@ class Scaled(Form):
     by: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.form, Form):
-            raise ValueError(f"scaled(form={self.form!r}): that is no form")
+        super().__post_init__()
         by = self.by
         if isinstance(by, bool) or not isinstance(by, int | float) or not math.isfinite(by) or by == 0:
             raise ValueError(f"scaled(by={by!r}): it is a number other than 0")
 
-    @property
-    def open(self) -> bool:
-        return self.form.open
+    curve = Form.curve  # whose errors are those of what is scaled, not of what is fitted
+    fits_rungs = Form.fits_rungs
 
-    def inner(self, out: int | None = None, in_: int | None = None) -> int | None:
-        return self.form.inner(out, in_)
+    def around(self, module: Factored) -> ScaledMatrix:
+        return ScaledMatrix(module, self.by, self)
 
-    def ladder(self, shape: Shape) -> list[Form]:
-        return [replace(self, form=form) for form in self.form.ladder(shape)]
-
-    def build(self, shape: Shape, *, dtype: torch.dtype | None = None, device: str | None = None) -> ScaledMatrix:
-        return ScaledMatrix(self.form.build(shape, dtype=dtype, device=device), self.by, self)
-
-    def fit(
-        self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
-    ) -> ScaledMatrix:
-        W = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
-        return ScaledMatrix(self.form.fit(W / self.by, weighting, dtype=dtype or matrix.dtype), self.by, self)
+    def within(
+        self, matrix: Float[Tensor, "out in"], weighting: Weighting
+    ) -> tuple[Float[Tensor, "out in"], Weighting]:
+        return matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32)) / self.by, weighting

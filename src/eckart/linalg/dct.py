@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eckart.linalg.constants import constant
 
-@functools.lru_cache(maxsize=32)
+
+@constant
 def dct_basis(n: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Float[Tensor, "n n"]:
     """B whose column i is the i-th DCT-II vector, sqrt(2/n) cos(pi i (2j + 1) / 2n) (the first times sqrt(1/2)).
 
-    x B is the transform of the rows of x. Computed in float64 whatever the dtype, and shared: do not write into it.
+    x B is the transform of the rows of x. Computed in float64 whatever the dtype.
     """
     j = torch.arange(n, dtype=torch.float64)
     # whole numbers modulo 4n keep the angles exact for large n
@@ -34,7 +35,7 @@ def dct(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
     return spectrum.real * twiddle[0] + spectrum.imag * twiddle[1]
 
 
-@functools.lru_cache(maxsize=32)
+@constant
 def _twiddle(n: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "2 n"]:
     """sqrt(2/n) (cos, sin)(pi k / 2n), the first column times sqrt(1/2)."""
     angles = torch.arange(n, dtype=torch.float64) * (math.pi / (2 * n))

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from eckart.linalg.constants import constant
+
 MOST_PULSES = 255
 MOST_BITS = 62
 """Of a codeword's number, which is kept in 64 signed bits."""
@@ -33,7 +35,7 @@ def index_bits(dimension: int, pulses: int) -> int:
     return (counts(dimension, pulses)[dimension][pulses] - 1).bit_length()
 
 
-@functools.lru_cache(maxsize=16)
+@constant
 def _tables(dimension: int, pulses: int) -> tuple[Int[Tensor, "d k"], Int[Tensor, "d k m"]]:
     """N(d, k), and of the points of d integers and k pulses those whose first is smaller than m in size."""
     if index_bits(dimension, pulses) > MOST_BITS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from torch import Tensor
 from eckart.forms.grids import Grid, Uniform
 from eckart.forms.levels import Scaled
 from eckart.forms.packing import pack, packed_width, unpack
+from eckart.linalg.constants import constant
 
 State = dict[str, Any]
 """What an optimiser keeps for one parameter: tensors, numbers and tuples of numbers, by name."""
@@ -131,7 +131,7 @@ class Dynamic(Scaled):
         return dynamic_levels(bits, self.signed)
 
 
-@functools.cache
+@constant
 def dynamic_levels(bits: int, signed: bool) -> Float[Tensor, " levels"]:
     """2^bits numbers: zero, one, and the middles of 2^k (or 2^(k+1)) even parts of the k-th decade."""
     parts = []

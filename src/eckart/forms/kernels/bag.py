@@ -16,6 +16,7 @@ from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
 from eckart.forms.kernels.prepared import Prepared
+from eckart.linalg.constants import constant
 
 if TYPE_CHECKING:
     from eckart.forms.quantized import QuantizedMatrix
@@ -113,7 +114,7 @@ def _bags(chunks: int, b: int, width: int, group: int) -> tuple[Int32[Tensor, " 
     return ids, _starts(chunks * b, width, group)
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def _bags_of_one(chunks: int, width: int, group: int) -> tuple[Int32[Tensor, " n"], Int32[Tensor, " bags"]]:
     return torch.arange(chunks * width, dtype=torch.int32), _starts(chunks, width, group)
 
