@@ -257,12 +257,12 @@ def test_layouts_are_neither_saved_nor_copied(text: str) -> None:
 
 
 def test_layouts_go_with_their_matrix() -> None:
-    before = len(prepared._PREPARED)
+    before = len(prepared._KEPT)
     matrix = fitted(ROWWISE)
     matrix(gaussian(1, 192))
-    assert len(prepared._PREPARED) == before + 1
+    assert len(prepared._KEPT) == before + 1
     del matrix
-    assert len(prepared._PREPARED) <= before
+    assert len(prepared._KEPT) <= before
 
 
 @pytest.mark.parametrize(("text", "times"), [(ROWWISE, 2), (GROUPED, 1), ("quantized(bits=3, group=64)", 4 / 3)])

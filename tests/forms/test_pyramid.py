@@ -6,8 +6,9 @@ import pytest
 import scipy.stats
 import torch
 
-from eckart.forms import Pyramid, Quantized, parse
+from eckart.forms import Pyramid, Quantized, kernels, parse
 from eckart.forms.pyramid import gain_levels
+from eckart.forms.quantized import QuantizedMatrix
 from eckart.linalg.pyramid import counts
 from eckart.linalg.weighting import Weighting
 from eckart.linalg.whitening import psd_root
@@ -91,3 +92,52 @@ def test_refusals(text: str, message: str) -> None:
         parse(text)
     with pytest.raises(ValueError, match="take fewer pulses or smaller groups"):
         Pyramid(200, 32).build((4, 64))
+
+
+@pytest.mark.parametrize(("pulses", "group", "bits"), [(5, 16, 4), (24, 16, 6), (60, 8, 7), (3, 64, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_served_as_codes_of_the_same_numbers(pulses: int, group: int, bits: int, dtype: torch.dtype) -> None:
+    W = gaussian(48, 150)
+    W[3, :64] = 0
+    W[3, 5] = 9  # all pulses on one weight
+    module = Pyramid(pulses, group).fit(W, dtype=dtype)
+    with torch.no_grad():
+        dense = module.dense()
+        for rows in (1, 2, 40):
+            x = gaussian(rows, 150, seed=1, dtype=dtype)
+            found, wanted = module(x, dense[:, 0]), x.double() @ dense.double().T + dense[:, 0].double()
+            assert error_ratio(found, wanted) < (1e-6 if dtype == torch.float32 else 0.01)
+    codes = module.codes()
+    assert isinstance(codes, QuantizedMatrix)
+    assert codes.form.bits == bits
+    assert error_ratio(codes.dense(), dense) < (1e-6 if dtype == torch.float32 else 0.01)
+
+
+def test_the_codes_lie_beside_the_module_and_follow_it() -> None:
+    module = Pyramid(8).fit(gaussian(32, 64))
+    x, stored = gaussian(2, 64, seed=1), module.nbytes
+    assert kernels.cached_bytes(module) == 0
+    with torch.no_grad():
+        before = module(x)
+        assert kernels.cached_bytes(module) > 0
+        assert module.nbytes == stored
+        assert set(module.state_dict()) == {"points", "gains", "norms"}
+        module.norms *= 2
+        torch.testing.assert_close(module(x), 2 * before)
+        module.load_state_dict(Pyramid(8).fit(gaussian(32, 64, seed=4)).state_dict())
+        torch.testing.assert_close(module(x), x @ module.dense().T)
+    kernels.forget(module)
+    assert kernels.cached_bytes(module) == 0
+
+
+def test_points_beyond_8_bits_and_learning_take_the_walk() -> None:
+    W = torch.zeros(4, 2)
+    W[:, 0] = 1
+    with torch.no_grad():
+        module = Pyramid(200, 2).fit(W)
+        assert module.codes() is None
+        assert error_ratio(module(torch.ones(3, 2)), torch.ones(3, 4)) < 0.1
+    module = Pyramid(8).fit(gaussian(32, 64))
+    module(gaussian(3, 64)).sum().backward()
+    assert module.norms.grad is not None
+    assert kernels.cached_bytes(module) == 0

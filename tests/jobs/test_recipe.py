@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,3 +42,13 @@ def test_a_layer_with_a_forward_pass_of_its_own_is_left_and_named() -> None:
     notes = {layer.name: str(layer.note) for layer in result.layers}
     assert "Padded is no layer that a form can stand for" in notes["0.weight"]
     assert model(x).shape == before.shape
+
+
+@pytest.mark.parametrize("method", ["gptq", "pvq", "svd_llm"])
+def test_block_by_block_with_tables_and_heads(method: str) -> None:
+    """Tables are looked up before the first block, and the head is read after the last one."""
+    settings = {"targets": ".*", "one_shot": False}
+    result = eckart.compress(tiny.build("llama"), method, budget=0.6, data=tiny.batches((2, 2)), **settings).result
+    forms = {layer.name: layer.form for layer in result.layers}
+    assert {"model.embed_tokens", "lm_head"} <= set(forms)
+    assert "dense()" not in (forms["model.embed_tokens"], forms["lm_head"])

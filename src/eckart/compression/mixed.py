@@ -36,6 +36,8 @@ NOTHING = 1e-9
 SEARCHED, WHOLE = "uniform(search=5)", "uniform()"
 """Grids of which one trial each says whether it pays to cut off what lies far out."""
 
+POINTS = "rotated(pyramid())"
+
 Kind = tuple[str, str]
 LAYERS = "layers"
 KNOWN: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
@@ -43,13 +45,14 @@ KNOWN: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
 def everything(grid: str = SEARCHED) -> Form:
-    """Low rank, and codes of 8 bits to 1, those of few bits on this grid."""
-    return parse("low_rank(multiple=8) | quantized(bits=8) | quantized(bits=6) | " + _few((5, 4, 3, 2), grid, ", rounding=gptq()"))  # fmt: skip # noqa: E501
+    """Low rank, codes of 8 bits to 1, those of few bits on this grid, and points of the pyramid lattice."""
+    return parse(f"low_rank(multiple=8) | quantized(bits=8) | quantized(bits=6) | {_few((5, 4, 3, 2), grid, ', rounding=gptq()')} | {POINTS}")  # fmt: skip # noqa: E501
 
 
 def plain_codes() -> Form:
-    """Codes of 8 bits to 1 that need no statistics, those of few bits on grids that were searched for."""
-    return parse(" | ".join(f"quantized(bits={bits})" for bits in (8, 6, 5, 4)) + " | " + _few((3, 2), SEARCHED, ""))
+    """Codes of 8 bits to 1 that need no statistics, those of few bits on grids that were searched for, and points."""
+    codes = " | ".join(f"quantized(bits={bits})" for bits in (8, 6, 5, 4))
+    return parse(f"{codes} | {_few((3, 2), SEARCHED, '')} | {POINTS}")
 
 
 def _few(widths: Sequence[int], grid: str, rounding: str) -> str:

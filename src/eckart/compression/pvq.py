@@ -17,8 +17,11 @@ from eckart.registry import method
 class PVQ(Recipe):
     """Directions of groups by their number on the pyramid lattice, lengths by the law of random rows.
 
-    Departs from the paper: weights are not rotated first, so that rows with heavy tails lose more than its figures say;
-    a group's points are numbered in 62 bits, which bounds its size; activations are not quantised.
+    Weights are rotated first, inputs with them, so that rows with heavy tails become such as the law wants them.
+
+    Departs from the paper: rotations are of inputs alone and done where a layer meets them, not merged into layers
+    before; a group's points are numbered in 62 bits, which bounds its size; activations are not quantised, for which
+    there is `rotated(quantized_inputs(matrix=pyramid()))`.
     """
 
     form: Form = field(default_factory=lambda: Rotated(Pyramid()))

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
+from eckart.forms import kernels
 from eckart.forms.algebra import thin
 from eckart.forms.base import FORMS, DecodedMatrix, Form, Shape, check_shape, empty, stored
 from eckart.forms.gptq import GPTQ
+from eckart.forms.grids import Uniform
 from eckart.forms.packing import pack, pack_wide, packed_width, unpack, unpack_wide
+from eckart.forms.quantized import Groups, Quantized, QuantizedMatrix
 from eckart.linalg.constants import constant
 from eckart.linalg.kmeans1d import kmeans1d
 from eckart.linalg.pyramid import MOST_BITS, MOST_PULSES, index_bits, index_of, nearest_point, point_of
@@ -20,6 +23,8 @@ from eckart.linalg.weighting import PLAIN, Weighting
 from eckart.linalg.whitening import IdentityRoot
 
 RUNGS = 12
+ROWS = 256
+"""That are decoded at a time."""
 
 
 class PyramidMatrix(DecodedMatrix):
@@ -43,6 +48,39 @@ class PyramidMatrix(DecodedMatrix):
         self.register_buffer("points", points)
         self.register_buffer("gains", gains)
         self.norms, self.shape, self.form = norms, shape, form
+
+    def forward(
+        self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
+    ) -> Float[Tensor, "*batch out"]:
+        learns = torch.is_grad_enabled() and self.norms.requires_grad
+        codes = self.codes() if kernels.eager(x) and not learns else None
+        return super().forward(x, bias) if codes is None else codes.forward(x, bias)
+
+    def codes(self) -> QuantizedMatrix | None:
+        """The same matrix with its points as codes of 4 to 8 bits, made at first use and held beside the module.
+
+        Numbers of points take a walk to decode, too long for every product. None where an integer needs more than 8
+        bits.
+        """
+        sources = [self.points, self.gains, self.norms]
+        return kernels.kept(self).keep("codes", sources, self._codes)
+
+    def _codes(self) -> QuantizedMatrix | None:
+        at, out = self.form.layout(self.shape), self.shape[0]
+        y = torch.empty(out, at.groups, at.group, dtype=torch.int16, device=self.points.device)
+        for rows in (slice(i, i + ROWS) for i in range(0, out, ROWS)):
+            y[rows] = point_of(unpack_wide(self.points[rows], at.bits, at.groups), at.group, at.pulses)
+        most = int(y.abs().max()) if y.numel() else 0
+        bits = max(4, most.bit_length() + 1)
+        if bits > 8:
+            return None
+        form = Quantized(bits, at.group, Uniform(symmetric=True))
+        groups = Groups(form, at.width, self.norms.dtype)
+        gains = at.levels.to(self.norms)[unpack(self.gains, self.form.gain_bits, at.groups).long()]
+        lengths = y.float().square().sum(-1).sqrt().clamp_min(1.0).to(gains)
+        scale = (gains * self.norms[:, None] / lengths)[..., None]
+        codes = (y + 2 ** (bits - 1)).to(torch.uint8).flatten(1)[:, : at.width]
+        return form.assembled(codes, groups.stored({"scale": scale}), groups).requires_grad_(False)
 
     def decoded(self, rows: slice | Tensor) -> Float[Tensor, "rows in"]:
         at, norms = self.form.layout(self.shape), self.norms[rows]

@@ -168,6 +168,8 @@ class Engine:
             stream.advance(part, before=lambda b: collector.next_batch(stream.mask(b)), write=False)
 
         def statistics(name: str, index: int) -> Statistics:
+            if index != part:  # what lies outside the blocks has those of the original
+                return self.store.of(name, index)
             found = Statistics(dict(collector.of(name).sums))
             if self.request.needs & GRADIENT_SUMS:
                 own = self.store.of(name, index).sums

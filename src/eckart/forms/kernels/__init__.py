@@ -14,12 +14,14 @@ and scales in float32: `cached_bytes` counts them, `forget` drops them.
 | uniform grid, other groups | embedding bag (`bag`) | the same up to 4 rows, then tiles |
 | any other grid, float64, other devices | tiles | tiles |
 
+Other matrices of codes may keep a quantised one beside them, that is their layout and has its own (`Pyramid`).
+
 Exact by default: weights are what `dense()` says, activations count to 24 bits, sums are of float32 or better.
 `activations("int8")` allows activations of several rows to be rounded to 8 bits where that is faster. Gradients are
 those of the matrix itself, and only packed tensors are saved for them.
 """
 
-from eckart.forms.kernels.prepared import cached_bytes, forget
-from eckart.forms.kernels.product import activations, linear, plain
+from eckart.forms.kernels.prepared import cached_bytes, forget, kept
+from eckart.forms.kernels.product import activations, eager, linear, plain
 
-__all__ = ["activations", "cached_bytes", "forget", "linear", "plain"]
+__all__ = ["activations", "cached_bytes", "eager", "forget", "kept", "linear", "plain"]

@@ -1,4 +1,4 @@
-"""What kernels know and keep of a quantised matrix."""
+"""What is kept beside matrices of codes, and what kernels know of a quantised one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,25 @@ T = TypeVar("T")
 Stamp = tuple[tuple[int, int, torch.dtype], ...]
 
 
-class Prepared:
+class Kept:
+    """What was made of a module's tensors, as long as these are as they were."""
+
+    def __init__(self) -> None:
+        self.made: dict[str, tuple[Stamp, list[Tensor], Any]] = {}
+
+    def keep(self, name: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
+        """What `make` returned when the sources were as they are now."""
+        stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in sources)
+        found = self.made.get(name)
+        if found is None or found[0] != stamp:
+            with torch.no_grad():
+                found = (stamp, [t.detach() for t in sources], make())  # sources held: no other gets their address
+            self.made[name] = found
+        value: T = found[2]
+        return value
+
+
+class Prepared(Kept):
     """A matrix on a uniform grid as weight = scale * (code - middle) + shift, and the layouts made of it.
 
     Attributes:
@@ -32,6 +50,7 @@ class Prepared:
     """
 
     def __init__(self, matrix: QuantizedMatrix):
+        super().__init__()
         form = matrix.form
         assert form.bits is not None
         self.out, self.width = matrix.shape
@@ -40,18 +59,6 @@ class Prepared:
         self.count = -(-self.width // self.group)
         self.grid = form.grid
         self.middle = (0.5 if self.bits == 1 else 2.0 ** (self.bits - 1)) if type(form.grid) is Uniform else None
-        self.kept: dict[str, tuple[Stamp, list[Tensor], Any]] = {}
-
-    def keep(self, name: str, sources: Sequence[Tensor], make: Callable[[], T]) -> T:
-        """What `make` returned when the sources were as they are now."""
-        stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in sources)
-        found = self.kept.get(name)
-        if found is None or found[0] != stamp:
-            with torch.no_grad():
-                found = (stamp, [t.detach() for t in sources], make())  # sources held: no other gets their address
-            self.kept[name] = found
-        value: T = found[2]
-        return value
 
     def scale_and_shift(
         self, matrix: QuantizedMatrix
@@ -95,32 +102,43 @@ class Prepared:
 ROWS = 256
 """Rows that are unpacked at a time."""
 
-_PREPARED: WeakKeyDictionary[nn.Module, Prepared] = WeakKeyDictionary()
+_KEPT: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
+
+
+def kept(matrix: nn.Module) -> Kept:
+    """Of any matrix; `prepared` of a quantised one."""
+    return _KEPT.setdefault(matrix, Kept())
 
 
 def prepared(matrix: QuantizedMatrix) -> Prepared:
-    found = _PREPARED.get(matrix)
-    if found is None:
-        found = _PREPARED[matrix] = Prepared(matrix)
+    found = _KEPT.get(matrix)
+    if not isinstance(found, Prepared):
+        found = _KEPT[matrix] = Prepared(matrix)
     return found
 
 
 def forget(model: nn.Module) -> None:
-    """Drop what is kept for the quantised matrices of a model; it is made again when next used.
+    """Drop what is kept for the matrices of codes in a model; it is made again when next used.
 
     Only needed to free memory, or after writing to codes or scales through `.data`, which torch does not count.
     """
     for module in model.modules():
-        _PREPARED.pop(module, None)
+        _KEPT.pop(module, None)
 
 
 def cached_bytes(model: nn.Module) -> int:
-    """Bytes that are held beside the quantised matrices of a model: layouts and their scales, not the codes."""
-    held = (_PREPARED[module].kept.values() for module in model.modules() if module in _PREPARED)
-    return sum(t.numel() * t.element_size() for kept in held for _, _, value in kept for t in _tensors(value))
+    """Bytes that are held beside the matrices of codes in a model: layouts and their scales, not what is stored."""
+    return sum(t.numel() * t.element_size() for t in _held(model))
+
+
+def _held(model: nn.Module) -> list[Tensor]:
+    kept = (_KEPT[module] for module in model.modules() if module in _KEPT)
+    return [t for at in kept for _, _, value in at.made.values() for t in _tensors(value)]
 
 
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
+    if isinstance(value, nn.Module):
+        return [*value.state_dict().values(), *_held(value)]
     return [t for v in value for t in _tensors(v)] if isinstance(value, tuple) else []

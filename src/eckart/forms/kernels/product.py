@@ -68,7 +68,7 @@ def linear(
     """
     if x.shape[-1:] != matrix.shape[1:]:
         raise ValueError(f"a matrix of shape {matrix.shape} multiplies rows of {matrix.shape[1]} numbers, x has shape {tuple(x.shape)}")  # fmt: skip # noqa: E501
-    if not _eager(x):
+    if not eager(x):
         return plain(matrix, x, bias)
     if x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -78,7 +78,7 @@ def linear(
     return _differentiable(matrix, x, bias)
 
 
-def _eager(x: Tensor) -> bool:
+def eager(x: Tensor) -> bool:
     """Whether numbers are computed now, and by plain torch."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     return not traced and type(x) in (Tensor, nn.Parameter) and not x.is_meta
