@@ -40,3 +40,12 @@ def test_alternatives_are_still_weighed_by_their_errors() -> None:
     form = "quantized(bits=4, group=16) | quantized(bits=1, group=2)"  # the second is dearer, and worse
     result = eckart.compress(tiny.build("llama"), form=form, budget=0.9, allocation="uniform()").result
     assert {layer.form for layer in result.layers} == {"quantized(bits=4, group=16)"}
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.42, 0.44, 0.5])
+def test_names_of_a_cheaper_alternative_may_take_more_bytes(budget: float) -> None:
+    """Of two alternatives the cheaper one has more tensors, whose names and shapes count."""
+    form = "quantized(bits=8, group=None, grid=uniform(symmetric=True)) | rotated(pyramid(pulses=6))"
+    result = eckart.compress(tiny.build("llama"), form=form, budget=budget, allocation="optimal()").result
+    assert any("rotated" in layer.form for layer in result.layers)
+    assert result.bytes_after <= result.budget

@@ -36,7 +36,11 @@ NOTHING = 1e-9
 SEARCHED, WHOLE = "uniform(search=5)", "uniform()"
 """Grids of which one trial each says whether it pays to cut off what lies far out."""
 
-POINTS = "rotated(pyramid())"
+POINTS = " | ".join(
+    f"rotated(pyramid(pulses={pulses}, group={group}, gain_bits=3))"
+    for group, pulses in ((32, 4), (32, 8), (32, 12), (16, 8), (16, 12), (16, 19), (16, 31))
+)
+"""Points of the pyramid lattice from 0.8 to 3.4 bits. The largest groups whose points can be numbered serve best."""
 
 Kind = tuple[str, str]
 LAYERS = "layers"

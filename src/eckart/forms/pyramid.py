@@ -25,6 +25,8 @@ from eckart.linalg.whitening import IdentityRoot
 RUNGS = 12
 ROWS = 256
 """That are decoded at a time."""
+CHUNK = 2**22
+"""Weights that are fitted at a time."""
 
 
 class PyramidMatrix(DecodedMatrix):
@@ -177,28 +179,37 @@ class Pyramid(Form):
         W = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
         shape = (W.shape[0], W.shape[1])
         at = self.layout(shape)
-        y = nearest_point(at.split(W), at.pulses)
-        codes, norms = self._gains(W, y, at, dtype or matrix.dtype)
-        if not isinstance(weighting.right, IdentityRoot) and W.numel():
-            y, codes = self._swept(W, norms.detach().to(W), weighting, at)
-        points = pack_wide(index_of(y, at.pulses), at.bits)
-        return PyramidMatrix(points, pack(codes, self.gain_bits), norms, shape, self)
+        fed = not isinstance(weighting.right, IdentityRoot) and W.numel() > 0
+        U = GPTQ("given", self.damping).feedback(weighting, at.width).U.to(W) if fed else None
+        rows = W.split(max(1, CHUNK // max(1, at.width)))
+        found = [self._rows(part, U, at, dtype or matrix.dtype) for part in rows]
+        points, codes, norms = (torch.cat(part) for part in zip(*found, strict=True))
+        return PyramidMatrix(points, codes, stored(norms, dtype or matrix.dtype), shape, self)
 
-    def _gains(self, W: Tensor, y: Tensor, at: Layout, dtype: torch.dtype) -> tuple[Tensor, nn.Parameter]:
+    def _rows(
+        self, W: Float[Tensor, "rows in"], U: Float[Tensor, "in in"] | None, at: Layout, dtype: torch.dtype
+    ) -> tuple[UInt8[Tensor, "rows a"], UInt8[Tensor, "rows b"], Float[Tensor, " rows"]]:
+        """Packed points, packed codes of lengths, and norms, of which no row asks for another."""
+        y = nearest_point(at.split(W), at.pulses)
+        codes, norms = self._gains(W, y, at, dtype)
+        if U is not None:
+            y, codes = self._swept(W, norms, U, at)
+        return pack_wide(index_of(y, at.pulses), at.bits), pack(codes, self.gain_bits), norms
+
+    def _gains(self, W: Tensor, y: Tensor, at: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The best lengths for directions, and the best norms for these."""
         wanted = (at.split(W) * unit(y).to(W)).sum(-1)
         levels, norms = at.levels.to(W), W.square().sum(1).sqrt()
         for _ in range(2):
-            held = stored(norms, dtype)
-            codes = nearest_level(wanted, held.detach().to(W), levels)
+            held = norms.to(dtype).to(W)
+            codes = nearest_level(wanted, held, levels)
             gains = levels[codes.long()]
             energy = gains.square().sum(1)
             norms = torch.where(energy > 0, (gains * wanted).sum(1) / torch.where(energy > 0, energy, 1.0), 0.0)
         return codes, held
 
-    def _swept(self, W: Tensor, norms: Tensor, weighting: Weighting, at: Layout) -> tuple[Tensor, Tensor]:
+    def _swept(self, W: Tensor, norms: Tensor, U: Tensor, at: Layout) -> tuple[Tensor, Tensor]:
         """Points and lengths, group after group, each one's error moved into the groups not yet done."""
-        U = GPTQ("given", self.damping).feedback(weighting, at.width).U.to(W)
         rest, levels = W.clone(), at.levels.to(W)
         points = torch.zeros(W.shape[0], at.groups, at.group, dtype=torch.int64, device=W.device)
         codes = torch.zeros(W.shape[0], at.groups, dtype=torch.uint8, device=W.device)

@@ -14,6 +14,7 @@ from eckart.allocation import Allocator, BudgetError, Problem, Uniform
 from eckart.allocation.base import Fitness
 from eckart.calibration.calibrate import Request
 from eckart.calibration.store import OUTSIDE
+from eckart.checkpoint.layout import header_bytes
 from eckart.checkpoint.ties import sharers
 from eckart.forms import Curve, Dense, Form
 from eckart.forms.base import Shape
@@ -204,10 +205,23 @@ class Recipe(Layerwise):
         return fitness
 
     def _headers(self, job: Job, layers: Mapping[str, Layer], curves: Mapping[str, Curve], fixed: int) -> int:
-        """Most bytes that names and shapes of new tensors add: with every layer at its dearest factored setting."""
-        dearest = [self._planned(layer, curves[n], max(0, len(curves[n]) - 2)) for n, layer in layers.items()]
-        data = fixed + sum(layer.bytes for layer in dearest)
-        return output_bytes(job, {layer.name: self._layout(job, layer) for layer in dearest}) - data
+        """Most bytes that names and shapes of new tensors add: every layer at the setting that has most of them."""
+        known: dict[tuple[Any, ...], int] = {}
+
+        def header(planned: Layer) -> int:
+            biased = getattr(job.model.get_submodule(planned.name), "bias", None) is not None
+            key = planned.form, planned.shape, planned.kind, biased
+            if key not in known:
+                known[key] = header_bytes(self._layout(job, planned))
+            return known[key]
+
+        longest = []
+        for name, layer in layers.items():
+            curve = curves[name]
+            rungs = (self._planned(layer, curve, i) for i in range(max(1, len(curve) - 1)))  # but the dense one
+            longest.append(max(rungs, key=header))
+        data = fixed + sum(layer.bytes for layer in longest)
+        return output_bytes(job, {layer.name: self._layout(job, layer) for layer in longest}) - data
 
     def _planned(self, layer: Layer, found: Curve, index: int) -> Layer:
         form = found.forms[index]
