@@ -20,6 +20,8 @@ runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installe
 FORMS = {
     "q_proj": "quantized(bits=4, group=16) + low_rank(rank=4)",
     "v_proj": "quantized(bits=3, group=16, grid=normal_float())",
+    "k_proj": "rotated(quantized(bits=4, group=16))",
+    "up_proj": "rotated(pyramid(pulses=12))",
     "gate_proj": "low_rank(rank=4)",
     "down_proj": "sparse(density=0.3)",
 }
@@ -64,10 +66,12 @@ def load(folder: Path) -> Any:
 def test_codes_stay_packed_and_factors_stay_factors(folder: Path) -> None:
     stored = {i.name: i for i in onnx.load(folder / "out/model.onnx").graph.initializer}
     for name, tensor in load(folder / "m").state_dict().items():
-        if "down_proj" in name or "lm_head" in name:
+        if "down_proj" in name or "lm_head" in name or "up_proj.matrix.matrix" in name:
             continue
         assert tuple(stored[f"model.{name}"].dims) == tuple(tensor.shape), name
         assert (stored[f"model.{name}"].data_type == onnx.TensorProto.UINT8) == (tensor.dtype == torch.uint8)
+    codes = stored["model.model.layers.0.mlp.up_proj.matrix.matrix.codes"]  # of the points
+    assert (tuple(codes.dims), codes.data_type) == ((48, 16), onnx.TensorProto.UINT8)
     assert (folder / "out/tokenizer.json").is_file()
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor
 
-from eckart.linalg.constants import constant
+from eckart.linalg.constants import MOST, constant
 
 
 def test_made_once_for_the_same_arguments() -> None:
@@ -33,15 +36,39 @@ def test_what_inference_made_can_be_learnt_with() -> None:
     assert torch.equal(x.grad, twos(3))
 
 
-def test_nothing_is_kept_of_a_graph() -> None:
+class Times(torch.nn.Module):
+    def __init__(self, number: Callable[[int], Tensor]):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.number(4)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_nothing_is_kept_of_a_graph(known: bool) -> None:
+    """And a graph takes what is known as it is, instead of how it is made."""
+
     @constant
     def threes(n: int) -> Tensor:
-        return 3 * torch.ones(n)
+        return 3 * torch.special.ndtri(torch.ones(n) / 2).exp()
 
-    class Times(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * threes(4)
-
-    graph = torch.export.export(Times(), (torch.ones(4),), strict=False)
+    if known:
+        threes(4)
+    graph = torch.export.export(Times(threes), (torch.ones(4),), strict=False)
+    assert ("ndtri" in graph.graph_module.code) == (not known)
     assert type(threes(4)) is Tensor
     assert torch.equal(graph.module()(torch.ones(4)), threes(4))
+
+
+def test_the_oldest_are_forgotten() -> None:
+    calls = []
+
+    @constant
+    def ones(n: int) -> Tensor:
+        calls.append(n)
+        return torch.ones(n)
+
+    for n in (*range(MOST), 0, MOST, 1, 0):
+        ones(n)
+    assert calls == [*range(MOST + 1), 0]

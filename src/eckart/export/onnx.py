@@ -51,6 +51,10 @@ def write(model: Any, source: Path, out: Path, strict: bool = False) -> Written:
         model = model.float()
         notes.append("bfloat16 weights are stored as float32, which onnxruntime can multiply on any machine")
     forms = {n: str(m.matrix.form) for n, m in model.named_modules() if isinstance(m, DropIn)}
+    for name, matrix in [(n, m) for n, m in model.named_modules() if isinstance(m, Factored)]:
+        if (portable := matrix.portable()) is not matrix:
+            model.set_submodule(name, portable)
+            notes.append(f"{name}, {matrix.form}, is stored as {portable.form}, which the graph can decode")
     for name, why in inexpressible(model).items():
         if strict:
             raise ValueError(f"{name} cannot be written as ONNX in its form {forms[name]}: torch.export says: {why}. Choose another form for it, or export without strict, which stores it dense")  # fmt: skip # noqa: E501
@@ -87,8 +91,9 @@ def exported(module: nn.Module, inputs: dict[str, Tensor]) -> Any:
     """
     free = {name: {0: "batch", 1: "sequence"} for name in inputs}
     with torch.no_grad(), _quiet():
+        module.eval()(**inputs)  # makes the constants that the graph will hold
         program = torch.onnx.export(
-            module.eval(), kwargs=inputs, dynamo=True, optimize=False, verbose=False, dynamic_shapes=free,
+            module, kwargs=inputs, dynamo=True, optimize=False, verbose=False, dynamic_shapes=free,
             input_names=list(inputs), output_names=["output"], custom_translation_table=shifts(),
         )  # fmt: skip
     assert program is not None
@@ -120,6 +125,7 @@ def _untraceable(module: DropIn) -> str | None:
     free = torch.export.Dim.AUTO
     try:
         with torch.no_grad(), _quiet():
+            module(x)
             torch.export.export(module, (x,), dynamic_shapes=({0: free, 1: free},), strict=False)
     except RuntimeError as e:
         return _reason(e)

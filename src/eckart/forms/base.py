@@ -49,6 +49,10 @@ class Factored(nn.Module, ABC):
         """Rows of the matrix, as an embedding looks them up."""
         return self.dense()[ids]
 
+    def portable(self) -> Factored:
+        """The same matrix as other runtimes can read it, perhaps in more bytes; mostly itself."""
+        return self
+
     @property
     def exact(self) -> bool:
         """Whether `forward` multiplies by `dense()`, and no part of it rounds its input first."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eckart.forms import kernels
 from eckart.forms.algebra import thin
-from eckart.forms.base import FORMS, DecodedMatrix, Form, Shape, check_shape, empty, stored
+from eckart.forms.base import FORMS, DecodedMatrix, Factored, Form, Shape, check_shape, empty, stored
 from eckart.forms.gptq import GPTQ
 from eckart.forms.grids import Uniform
 from eckart.forms.packing import pack, pack_wide, packed_width, unpack, unpack_wide
@@ -57,6 +57,9 @@ class PyramidMatrix(DecodedMatrix):
         learns = torch.is_grad_enabled() and self.norms.requires_grad
         codes = self.codes() if kernels.eager(x) and not learns else None
         return super().forward(x, bias) if codes is None else codes.forward(x, bias)
+
+    def portable(self) -> Factored:
+        return self.codes() or self
 
     def codes(self) -> QuantizedMatrix | None:
         """The same matrix with its points as codes of 4 to 8 bits, made at first use and held beside the module.
