@@ -40,14 +40,18 @@ def tensor_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return dtype.itemsize * torch.Size(shape).numel()
 
 
-def header_bytes(layout: Layout) -> int:
-    """Bytes of the length word and the JSON header, padded to eight, of a file that holds these tensors."""
+def header_bytes(layout: Layout, data: int | None = None) -> int:
+    """Bytes of the length word and the JSON header, padded to eight, of a file that holds these tensors.
+
+    Args:
+        data: the most bytes that the tensors may take: what is counted then are the longest offsets within them.
+    """
     header: dict[str, object] = {"__metadata__": METADATA}
     order = {dtype: i for i, dtype in enumerate(NAMES)}
     offset = 0
     for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (order[item[1][0]], item[0])):
         size = tensor_bytes(dtype, shape)
-        offsets = [offset, offset + size]
+        offsets = [offset, offset + size] if data is None else [data, data]
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
         offset += size
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())

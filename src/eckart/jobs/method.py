@@ -16,7 +16,7 @@ from eckart.calibration.calibrate import Request
 from eckart.calibration.store import OUTSIDE
 from eckart.calibration.stream import Stream
 from eckart.calibration.subject import Subject, outside
-from eckart.checkpoint.layout import Layout, file_bytes
+from eckart.checkpoint.layout import Layout, file_bytes, header_bytes
 from eckart.jobs.fits import Fits
 from eckart.jobs.plan import Layer, Plan
 from eckart.jobs.solve import Executor
@@ -144,13 +144,21 @@ def part_of(name: str, blocks: list[str]) -> int:
 
 def output_bytes(job: Job, replaced: Mapping[str, Layout]) -> int:
     """Bytes of all weight files, to the byte, when the modules called `replaced` hold these tensors instead."""
-    total = 0
-    for layout in job.layouts.values():
-        kept = {k: v for k, v in layout.items() if k.rpartition(".")[0] not in replaced}
-        for name in dict.fromkeys(k.rpartition(".")[0] for k in layout):
-            kept |= {f"{name}.{k}": v for k, v in replaced.get(name, {}).items()}
-        total += file_bytes(kept)
-    return total
+    return sum(file_bytes(_with(layout, replaced)) for layout in job.layouts.values())
+
+
+def added_header_bytes(job: Job, replaced: Mapping[str, Layout]) -> int:
+    """The most bytes that names, shapes and offsets of these tensors add, of modules that take no more than before."""
+    files = job.layouts.values()
+    most = (header_bytes(_with(layout, replaced), file_bytes(layout)) for layout in files)
+    return sum(most) - sum(header_bytes(layout) for layout in files)
+
+
+def _with(layout: Layout, replaced: Mapping[str, Layout]) -> Layout:
+    kept = {k: v for k, v in layout.items() if k.rpartition(".")[0] not in replaced}
+    for name in dict.fromkeys(k.rpartition(".")[0] for k in layout):
+        kept |= {f"{name}.{k}": v for k, v in replaced.get(name, {}).items()}
+    return kept
 
 
 def count_weights(job: Job) -> int:

@@ -20,7 +20,7 @@ from eckart.forms import Curve, Dense, Form
 from eckart.forms.base import Shape
 from eckart.forms.layers import kind_of
 from eckart.jobs.layerwise import Layerwise
-from eckart.jobs.method import Job, count_weights, output_bytes, part_of
+from eckart.jobs.method import Job, added_header_bytes, count_weights, output_bytes, part_of
 from eckart.jobs.plan import Layer, Plan, join_notes, sample_spectrum
 from eckart.jobs.solve import curve
 
@@ -119,7 +119,7 @@ class Recipe(Layerwise):
             input_bytes=job.input_bytes, weights=count_weights(job), target_bytes=job.input_bytes - fixed
         )
         rungs = self._rungs(job, layers)
-        problem = Problem(rungs, total - fixed - self._headers(job, layers, rungs, fixed))
+        problem = Problem(rungs, total - fixed - self._headers(job, layers, rungs))
         self._check(job, total, problem.smallest + total - problem.budget)
         forms = {name: self.form_of(job.model, name) for name in layers}
         by_bytes = not self.allocation.needs_errors and all(form.fits_rungs for form in forms.values())
@@ -135,7 +135,7 @@ class Recipe(Layerwise):
             job.progress("plan", done + 1, len(job.parts))
         problem = Problem(
             self.judged(job, layers, curves),
-            total - fixed - self._headers(job, layers, curves, fixed),
+            total - fixed - self._headers(job, layers, curves),
             {name: layer.part for name, layer in layers.items() if layer.part != OUTSIDE},
             job.influence,
             self._fitness(job, layers, curves),
@@ -204,7 +204,7 @@ class Recipe(Layerwise):
 
         return fitness
 
-    def _headers(self, job: Job, layers: Mapping[str, Layer], curves: Mapping[str, Curve], fixed: int) -> int:
+    def _headers(self, job: Job, layers: Mapping[str, Layer], curves: Mapping[str, Curve]) -> int:
         """Most bytes that names and shapes of new tensors add: every layer at the setting that has most of them."""
         known: dict[tuple[Any, ...], int] = {}
 
@@ -212,7 +212,7 @@ class Recipe(Layerwise):
             biased = getattr(job.model.get_submodule(planned.name), "bias", None) is not None
             key = planned.form, planned.shape, planned.kind, biased
             if key not in known:
-                known[key] = header_bytes(self._layout(job, planned))
+                known[key] = header_bytes(self._layout(job, planned), planned.dense_bytes)
             return known[key]
 
         longest = []
@@ -220,8 +220,7 @@ class Recipe(Layerwise):
             curve = curves[name]
             rungs = (self._planned(layer, curve, i) for i in range(max(1, len(curve) - 1)))  # but the dense one
             longest.append(max(rungs, key=header))
-        data = fixed + sum(layer.bytes for layer in longest)
-        return output_bytes(job, {layer.name: self._layout(job, layer) for layer in longest}) - data
+        return added_header_bytes(job, {layer.name: self._layout(job, layer) for layer in longest})
 
     def _planned(self, layer: Layer, found: Curve, index: int) -> Layer:
         form = found.forms[index]
