@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from eckart.forms import kernels
 from eckart.forms.base import FORMS, Curve, Factored, Form
 from eckart.forms.packing import pack, unpack
 from eckart.forms.quantized import Quantized
@@ -36,7 +37,11 @@ class RotatedMatrix(Factored):
     def forward(
         self, x: Float[Tensor, "*batch in"], bias: Float[Tensor, " out"] | None = None
     ) -> Float[Tensor, "*batch out"]:
-        return self.matrix.forward(turned(x, unpacked(self.signs, x)), bias)
+        if kernels.eager(x):
+            signs = kernels.kept(self).keep(str(x.dtype), [self.signs], lambda: unpacked(self.signs, x))
+        else:
+            signs = unpacked(self.signs, x)
+        return self.matrix.forward(turned(x, signs), bias)
 
     def dense(self) -> Float[Tensor, "out in"]:
         return self._back(self.matrix.dense())
