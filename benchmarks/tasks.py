@@ -246,7 +246,8 @@ def photograph(file: Path) -> Float[Tensor, "3 h w"]:
 
 
 TASKS: dict[str, type[Task]] = {
-    "decoder": Decoder, "minilm": Encoder, "mpnet": Encoder, "whisper": Speech, "efficientnet": Images,
+    "decoder": Decoder, "decoder-11m": Decoder, "minilm": Encoder, "mpnet": Encoder, "whisper": Speech,
+    "efficientnet": Images,
 }  # fmt: skip
 
 
