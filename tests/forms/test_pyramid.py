@@ -141,3 +141,15 @@ def test_points_beyond_8_bits_and_learning_take_the_walk() -> None:
     module(gaussian(3, 64)).sum().backward()
     assert module.norms.grad is not None
     assert kernels.cached_bytes(module) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_curves_take_the_matrix_of_the_fit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where rows come in several parts."""
+    W, x = gaussian(20, 50), gaussian(200, 50, seed=8, dtype=torch.float64)
+    norm = Weighting(right=psd_root(x.T @ x, 1e-9))
+    whole = Pyramid(12).fit(W, norm, dtype=dtype)
+    monkeypatch.setattr("eckart.forms.pyramid.CHUNK", 350)
+    parts = Pyramid(12).fit(W, norm, dtype=dtype)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values(), strict=True))
+    assert torch.equal(Pyramid(12).approximation(W, norm, dtype), parts.dense().detach().to(W.dtype))

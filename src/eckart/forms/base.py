@@ -174,6 +174,12 @@ class Form(ABC):
     ) -> Factored:
         """The module of this form with the least || Lᵀ (matrix - module) R ||, its numbers stored as `dtype`."""
 
+    def approximation(
+        self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype
+    ) -> Float[Tensor, "out in"]:
+        """What the fit stands for, where its module is not wanted."""
+        return self.fit(matrix, weighting, dtype=dtype).dense().detach()
+
     def nbytes(self, shape: Shape, dtype: torch.dtype) -> int:
         """Bytes that `build(shape, dtype=dtype)` stores."""
         return self.build(shape, dtype=dtype, device="meta").nbytes
@@ -194,7 +200,7 @@ class Form(ABC):
         out, in_ = shape = (matrix.shape[0], matrix.shape[1])
         costs = [(form.nbytes(shape, dtype), form) for form in self.ladder(shape)]
         points = [
-            (nbytes, weighting.norm2(matrix - form.fit(matrix, weighting, dtype=dtype).dense().detach()), form)
+            (nbytes, weighting.norm2(matrix - form.approximation(matrix, weighting, dtype)), form)
             for nbytes, form in costs
             if nbytes < out * in_ * dtype.itemsize
         ]

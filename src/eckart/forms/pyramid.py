@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,11 +89,9 @@ class PyramidMatrix(DecodedMatrix):
         return form.assembled(codes, groups.stored({"scale": scale}), groups).requires_grad_(False)
 
     def decoded(self, rows: slice | Tensor) -> Float[Tensor, "rows in"]:
-        at, norms = self.form.layout(self.shape), self.norms[rows]
-        index = unpack_wide(self.points[rows], at.bits, at.groups)
-        directions = unit(point_of(index, at.group, at.pulses)).to(norms.dtype)
-        gains = at.levels.to(norms)[unpack(self.gains[rows], self.form.gain_bits, at.groups).long()]
-        return (directions * (gains * norms[:, None])[..., None]).flatten(1)[:, : self.shape[1]]
+        at = self.form.layout(self.shape)
+        y = point_of(unpack_wide(self.points[rows], at.bits, at.groups), at.group, at.pulses)
+        return at.joined(y, unpack(self.gains[rows], at.gain_bits, at.groups), self.norms[rows])
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,13 @@ class Layout:
     def split(self, x: Float[Tensor, "out in"]) -> Float[Tensor, "out groups g"]:
         """Columns by groups, the last one filled up with zeros."""
         return F.pad(x, (0, self.groups * self.group - self.width)).unflatten(1, (self.groups, self.group))
+
+    def joined(
+        self, y: Int[Tensor, "out groups g"], codes: UInt8[Tensor, "out groups"], norms: Float[Tensor, " out"]
+    ) -> Float[Tensor, "out in"]:
+        """The matrix of points, codes of lengths, and norms, in the dtype of these."""
+        lengths = self.levels.to(norms)[codes.long()] * norms[:, None]
+        return (unit(y).to(norms.dtype) * lengths[..., None]).flatten(1)[:, : self.width]
 
 
 @FORMS.word("pyramid")
@@ -179,25 +185,33 @@ class Pyramid(Form):
     def fit(
         self, matrix: Float[Tensor, "out in"], weighting: Weighting = PLAIN, *, dtype: torch.dtype | None = None
     ) -> PyramidMatrix:
+        shape = (matrix.shape[0], matrix.shape[1])
+        at, parts = self.layout(shape), self._parts(matrix, weighting, dtype or matrix.dtype)
+        packed = [(pack_wide(index_of(y, at.pulses), at.bits), pack(codes, at.gain_bits), n) for y, codes, n in parts]
+        points, gains, norms = (torch.cat(part) for part in zip(*packed, strict=True))
+        return PyramidMatrix(points, gains, stored(norms, dtype or matrix.dtype), shape, self)
+
+    def approximation(
+        self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype
+    ) -> Float[Tensor, "out in"]:
+        at = self.layout((matrix.shape[0], matrix.shape[1]))
+        parts = self._parts(matrix, weighting, dtype)
+        return torch.cat([at.joined(y, codes, norms.to(dtype)) for y, codes, norms in parts]).to(matrix.dtype)
+
+    def _parts(
+        self, matrix: Float[Tensor, "out in"], weighting: Weighting, dtype: torch.dtype
+    ) -> Iterator[tuple[Int[Tensor, "rows groups g"], UInt8[Tensor, "rows groups"], Float[Tensor, " rows"]]]:
+        """Points, codes of lengths, and norms of some rows at a time, none of which asks for another."""
         W = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
-        shape = (W.shape[0], W.shape[1])
-        at = self.layout(shape)
+        at = self.layout((W.shape[0], W.shape[1]))
         fed = not isinstance(weighting.right, IdentityRoot) and W.numel() > 0
         U = GPTQ("given", self.damping).feedback(weighting, at.width).U.to(W) if fed else None
-        rows = W.split(max(1, CHUNK // max(1, at.width)))
-        found = [self._rows(part, U, at, dtype or matrix.dtype) for part in rows]
-        points, codes, norms = (torch.cat(part) for part in zip(*found, strict=True))
-        return PyramidMatrix(points, codes, stored(norms, dtype or matrix.dtype), shape, self)
-
-    def _rows(
-        self, W: Float[Tensor, "rows in"], U: Float[Tensor, "in in"] | None, at: Layout, dtype: torch.dtype
-    ) -> tuple[UInt8[Tensor, "rows a"], UInt8[Tensor, "rows b"], Float[Tensor, " rows"]]:
-        """Packed points, packed codes of lengths, and norms, of which no row asks for another."""
-        y = nearest_point(at.split(W), at.pulses)
-        codes, norms = self._gains(W, y, at, dtype)
-        if U is not None:
-            y, codes = self._swept(W, norms, U, at)
-        return pack_wide(index_of(y, at.pulses), at.bits), pack(codes, self.gain_bits), norms
+        for rows in W.split(max(1, CHUNK // max(1, at.width))):
+            y = nearest_point(at.split(rows), at.pulses)
+            codes, norms = self._gains(rows, y, at, dtype)
+            if U is not None:
+                y, codes = self._swept(rows, norms, U, at)
+            yield y, codes, norms
 
     def _gains(self, W: Tensor, y: Tensor, at: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The best lengths for directions, and the best norms for these."""
