@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from eckart.forms import parse
 from eckart.linalg.constants import MOST, constant
+from eckart.testing import gaussian
 
 
 def test_made_once_for_the_same_arguments() -> None:
@@ -72,3 +74,14 @@ def test_the_oldest_are_forgotten() -> None:
     for n in (*range(MOST), 0, MOST, 1, 0):
         ones(n)
     assert calls == [*range(MOST + 1), 0]
+
+
+def test_compiled_code_makes_them_itself() -> None:
+    """Without a compiler: what is tested is what torch traces, for several numbers of rows."""
+    form = parse("rotated(quantized(bits=4))")
+    layers = torch.nn.Sequential(*(form.fit(gaussian(*shape)) for shape in ((40, 96), (96, 40))))
+    torch._dynamo.reset()
+    compiled = torch.compile(layers.requires_grad_(False), backend="eager", fullgraph=True)
+    for rows in (3, 5, 7):
+        x = gaussian(rows, 96, seed=rows)
+        torch.testing.assert_close(compiled(x), layers(x), rtol=1e-4, atol=1e-4)
