@@ -99,6 +99,18 @@ def test_alternatives_within_and_single_weights() -> None:
     assert found.errors[0] == pytest.approx(each.norm2(W - form.fit(W, each).dense().detach()))
 
 
+@pytest.mark.parametrize("form", ["quantized(bits=4)", "pyramid(pulses=12)"])
+def test_learning_goes_on_after_inference(form: str) -> None:
+    """What was kept for inference is no hindrance to gradients of inputs, as adapters on top want them."""
+    module, x = parse(f"rotated({form})").fit(gaussian(16, 64)).requires_grad_(False), gaussian(3, 64, seed=1)
+    with torch.inference_mode():
+        module(x)
+    x.requires_grad_()
+    module(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, module.dense().sum(0).expand(3, -1), rtol=1e-4, atol=1e-4)
+
+
 def test_the_seed_decides() -> None:
     W = gaussian(8, 64)
     one, same, other = (parse(f"rotated(seed={s}, form=quantized(bits=2))").fit(W) for s in (1, 1, 2))

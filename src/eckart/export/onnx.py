@@ -54,7 +54,8 @@ def write(model: Any, source: Path, out: Path, strict: bool = False) -> Written:
     for name, matrix in [(n, m) for n, m in model.named_modules() if isinstance(m, Factored)]:
         if (portable := matrix.portable()) is not matrix:
             model.set_submodule(name, portable)
-            notes.append(f"{name}, {matrix.form}, is stored as {portable.form}, which the graph can decode")
+            notes.append(f"{matrix.form} is stored as {portable.form}, which the graph can decode")
+    notes = list(dict.fromkeys(notes))
     for name, why in inexpressible(model).items():
         if strict:
             raise ValueError(f"{name} cannot be written as ONNX in its form {forms[name]}: torch.export says: {why}. Choose another form for it, or export without strict, which stores it dense")  # fmt: skip # noqa: E501

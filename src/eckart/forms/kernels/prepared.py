@@ -32,7 +32,7 @@ class Kept:
         stamp = tuple((t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype) for t in sources)
         found = self.made.get(name)
         if found is None or found[0] != stamp:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # what inference made serves learning, too
                 found = (stamp, [t.detach() for t in sources], make())  # sources held: no other gets their address
             self.made[name] = found
         value: T = found[2]
