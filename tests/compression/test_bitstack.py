@@ -248,8 +248,10 @@ def test_the_command_line_resizes(folder: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_resized_is_refused(folder: Path, tmp_path: Path) -> None:
     before = tiny.hashes(folder / "full")
-    with pytest.raises(BudgetError, match="can be dropped"):
+    with pytest.raises(BudgetError, match=r"can be dropped the model takes \d+ bytes \(0\.\d{3} of what it is\)"):
         resize(folder / "full", tmp_path / "x", 0.1)
+    with pytest.raises(ValueError, match="no model at"):
+        resize(folder / "nowhere", tmp_path / "x", 0.9)
     with pytest.raises(ValueError, match="no stacks"):
         resize(folder / "m", tmp_path / "x", 0.9)
     with pytest.raises(ValueError, match="choose another"):

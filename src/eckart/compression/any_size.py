@@ -17,7 +17,7 @@ from eckart.checkpoint.folder import Output, read_config
 from eckart.checkpoint.hf import EckartConfig, describe
 from eckart.checkpoint.layout import file_bytes, layout_of
 from eckart.checkpoint.reader import WeightReader, read_header, weight_files
-from eckart.checkpoint.source import Source
+from eckart.checkpoint.source import Source, resolve
 from eckart.checkpoint.ties import tied_keys
 from eckart.forms import SignStack, parse
 from eckart.forms.layers import DropIn
@@ -79,12 +79,13 @@ def cut(stacks: Mapping[str, Stack], order: Sequence[str], budget: Budget, total
     weights = others + sum(s.shape[0] * s.shape[1] for s in stacks.values())
     held = sum((s.form.blocks or 1) * s.block_bytes for s in stacks.values())
     limit = budget.total(input_bytes=total, weights=weights, target_bytes=held)
-    kept, dropped = list(order), Counter[str]()
+    kept, dropped, before = list(order), Counter[str](), total
     while total > limit and kept:
         dropped[last := kept.pop()] += 1
         total -= stacks[last].block_bytes
     if total > limit:
-        raise BudgetError(f"the budget {budget} is {limit} bytes; without the blocks that can be dropped the model takes {total}")  # fmt: skip # noqa: E501
+        share = f"{total} bytes ({total / before:.3f} of what it is)"
+        raise BudgetError(f"the budget {budget} is {limit} bytes; without the blocks that can be dropped the model takes {share}")  # fmt: skip # noqa: E501
     forms = {name: stacks[name].form.at((stacks[name].form.blocks or 1) - n) for name, n in dropped.items()}
     return Cut(forms, kept, limit)
 
@@ -135,11 +136,11 @@ def resize(folder: str | Path, out: str | Path, budget: str | float, *, overwrit
         budget: as for `compress`; ratios are of `folder`'s weights.
 
     Raises:
-        ValueError: `folder` holds no stacks, or is `out`.
+        ValueError: there is no such `folder`, it holds no stacks, or is `out`.
         FileExistsError: `out` is there, and `overwrite` was not asked for.
         BudgetError: the first blocks alone are too many.
     """
-    source, target = Path(folder), Path(out).resolve()
+    source, target = resolve(Path(folder)).folder, Path(out).resolve()
     if target == source.resolve():
         raise ValueError(f"{out} is the folder that is to be resized: choose another one")
     config, reader = read_config(source), WeightReader(source)
