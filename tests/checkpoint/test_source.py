@@ -130,8 +130,12 @@ def test_shards_are_counted(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_models(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no config\.json"):
+    with pytest.raises(ValueError, match=r"no config\.json\.$"):
         resolve(tmp_path)
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ValueError, match=r"Name the \.gguf file itself"):
+        resolve(tmp_path)
+    (tmp_path / "model.gguf").unlink()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="no weights"):
         resolve(tmp_path)

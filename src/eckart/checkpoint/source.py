@@ -79,6 +79,8 @@ def resolve(spec: str | Path, *, progress: Progress = silent) -> Source:
 
 def _source(spec: str, folder: Path, kind: Literal["builtin", "folder", "gguf", "hub"], note: str = "") -> Source:
     if not (folder / "config.json").is_file():
+        if any(folder.glob("*.gguf")):
+            weight_files(folder)  # which says that the file is to be named
         raise ValueError(f"{folder} is not a Hugging Face model folder: it has no config.json.")
     reader = WeightReader(folder)
     stored: Counter[torch.dtype] = Counter()
