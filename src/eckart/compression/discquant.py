@@ -122,7 +122,6 @@ class Chosen(Fits):
         self.fitted = fitted
 
     def of(
-        self, layers: Sequence[Layer], metric: str, dtype: torch.dtype,
-        fitted: Callable[[list[Layer]], Iterable[Fitted]],
-    ) -> Iterator[Fitted]:  # fmt: skip
+        self, layers: Sequence[Layer], metric: str, fitted: Callable[[list[Layer]], Iterable[Fitted]]
+    ) -> Iterator[Fitted]:
         return iter([self.fitted[layer.name] for layer in layers])

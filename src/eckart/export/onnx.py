@@ -19,7 +19,7 @@ from torch.onnx import OnnxExporterError
 from eckart.checkpoint.folder import companions
 from eckart.export.export import Written
 from eckart.forms.base import Factored
-from eckart.forms.densifying import densify
+from eckart.forms.densifying import densify, make_portable
 from eckart.forms.layers import DropIn
 from eckart.forms.quantized import QuantizedMatrix
 from eckart.remarks import noting
@@ -51,11 +51,8 @@ def write(model: Any, source: Path, out: Path, strict: bool = False) -> Written:
         model = model.float()
         notes.append("bfloat16 weights are stored as float32, which onnxruntime can multiply on any machine")
     forms = {n: str(m.matrix.form) for n, m in model.named_modules() if isinstance(m, DropIn)}
-    for name, matrix in [(n, m) for n, m in model.named_modules() if isinstance(m, Factored)]:
-        if (portable := matrix.portable()) is not matrix:
-            model.set_submodule(name, portable)
-            notes.append(f"{matrix.form} is stored as {portable.form}, which the graph can decode")
-    notes = list(dict.fromkeys(notes))
+    stored = [f"{old.form} is stored as {new.form}, which the graph can decode" for old, new in make_portable(model)]
+    notes += list(dict.fromkeys(stored))
     for name, why in inexpressible(model).items():
         if strict:
             raise ValueError(f"{name} cannot be written as ONNX in its form {forms[name]}: torch.export says: {why}. Choose another form for it, or export without strict, which stores it dense")  # fmt: skip # noqa: E501

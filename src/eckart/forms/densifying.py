@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from eckart.forms.base import Factored
 from eckart.forms.layers import DropIn, FactoredEmbedding
 from eckart.remarks import remark
 
@@ -34,6 +35,15 @@ def densify(model: Any) -> Any:
         if name in getattr(described, "modules", {}):
             described.modules.pop(name)  # else `save_pretrained` would say that it is still factored
     return model
+
+
+def make_portable(model: nn.Module) -> list[tuple[Factored, Factored]]:
+    """Put what other runtimes can read in the place of every matrix within a model; what was replaced, and by what."""
+    found = [(name, m, m.portable()) for name, m in list(model.named_modules()) if isinstance(m, Factored)]
+    replaced = [(name, before, after) for name, before, after in found if after is not before]
+    for name, _, after in replaced:
+        model.set_submodule(name, after)
+    return [(before, after) for _, before, after in replaced]
 
 
 def dense_layer(module: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:

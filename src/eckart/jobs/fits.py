@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from eckart.checkpoint.layout import save_tensors
-from eckart.forms import parse
+from eckart.forms.densifying import make_portable
 from eckart.jobs.plan import Layer
 from eckart.jobs.solve import Fitted
 
@@ -27,25 +30,21 @@ class Fits:
         self.known: dict[str, Fitted] = {}
 
     def of(
-        self,
-        layers: Sequence[Layer],
-        metric: str,
-        dtype: torch.dtype,
-        fitted: Callable[[list[Layer]], Iterable[Fitted]],
+        self, layers: Sequence[Layer], metric: str, fitted: Callable[[list[Layer]], Iterable[Fitted]]
     ) -> Iterator[Fitted]:
         """The fits of `layers`, in order; those not yet known are made by `fitted`."""
         missing = [layer for layer in layers if self._key(layer, metric) not in self.known]
         self.folder.mkdir(parents=True, exist_ok=True)
         for layer, made in zip(missing, fitted(missing), strict=True):
-            key = self._key(layer, metric)
-            save_tensors(made.module.state_dict(), self.folder / key)
-            made.module.to("meta")
-            self.known[key] = made
+            key, held = self._key(layer, metric), nn.ModuleDict({"matrix": made.module})
+            make_portable(held)  # what is slow to decode would be decoded in every trial
+            module: Any = held["matrix"]
+            save_tensors(module.state_dict(), self.folder / key)
+            self.known[key] = replace(made, module=module.to("meta"))
         for layer in layers:
-            key = self._key(layer, metric)
-            module = parse(layer.form).build(layer.shape, dtype=dtype)
-            module.load_state_dict(load_file(self.folder / key))
-            yield Fitted(module, self.known[key].bias_shift, self.known[key].error, self.known[key].note)
+            made = copy.deepcopy(self.known[key := self._key(layer, metric)])
+            made.module.load_state_dict(load_file(self.folder / key), assign=True)
+            yield made
 
     def _key(self, layer: Layer, metric: str) -> str:
         text = "\n".join((layer.name, layer.form, metric))

@@ -107,7 +107,7 @@ class Layerwise(Method):
         def made(some: list[Layer]) -> Iterator[Fitted]:
             return job.executor.map(fit, (self._task(job, layer.name, part, layer.form) for layer in some))
 
-        found = made(fitted) if job.fits is None else job.fits.of(fitted, str(self.metric), job.dtype, made)
+        found = made(fitted) if job.fits is None else job.fits.of(fitted, str(self.metric), made)
         done = {layer.name: layer.measured(0.0) for layer in layers}
         for layer, result in zip(fitted, found, strict=True):
             module = job.model.get_submodule(layer.name)
