@@ -19,7 +19,7 @@ from eckart.jobs.solve import Fitted
 
 
 class Fits:
-    """Modules by layer, form and metric. They come back as new modules, which a trial may convert as it likes.
+    """Modules by layer, form and metric. They come back as new ones, quick to decode, which a trial may convert.
 
     Args:
         folder: for their tensors; what else belongs to a fit stays in memory, so that a new process starts afresh.
@@ -39,8 +39,9 @@ class Fits:
             key, held = self._key(layer, metric), nn.ModuleDict({"matrix": made.module})
             make_portable(held)  # what is slow to decode would be decoded in every trial
             module: Any = held["matrix"]
-            save_tensors(module.state_dict(), self.folder / key)
-            self.known[key] = replace(made, module=module.to("meta"))
+            save_tensors(state := module.state_dict(), self.folder / key)
+            module.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, assign=True)
+            self.known[key] = replace(made, module=module)
         for layer in layers:
             made = copy.deepcopy(self.known[key := self._key(layer, metric)])
             made.module.load_state_dict(load_file(self.folder / key), assign=True)
