@@ -10,6 +10,7 @@ from torch import Tensor
 
 import eckart
 import tiny
+from eckart.allocation import BudgetError
 from eckart.compression.eora import EoRA
 from eckart.forms import Dense, Form, LowRank, Quantized, parse
 from eckart.forms.in_turn import InTurn
@@ -116,3 +117,11 @@ def test_refusals() -> None:
         EoRA(rank=-1)
     with pytest.raises(ValueError, match="needs calibration data"):
         eckart.compress(tiny.build("llama", num_hidden_layers=2), "eora", budget=0.9)
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"), [(8, r"gptq\(\)\) and a low rank of 8 \(a smaller `rank`"), (0, r"gptq\(\)\) on these")]
+)
+def test_a_budget_that_cannot_be_met_names_the_rank(rank: int, told: str) -> None:
+    with pytest.raises(BudgetError, match=told):
+        eckart.compress(tiny.build("llama"), "eora", budget="0.2bpw", data=tiny.batches((4,) * 4), rank=rank)

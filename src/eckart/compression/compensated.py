@@ -35,6 +35,11 @@ class WithLowRank(Recipe):
         together = [self.beside(f, LowRank(rank)) for f in (form.forms if isinstance(form, OneOf) else (form,))]
         return together[0] if len(together) == 1 else OneOf(tuple(together))
 
+    def _made_of(self) -> str:
+        return (
+            f"{self.form} and a low rank of {self.rank} (a smaller `rank` takes less)" if self.rank else str(self.form)
+        )
+
     def rank_for(self, shape: Shape) -> int:
         return min(self.rank, *shape)
 

@@ -161,11 +161,15 @@ class Recipe(Layerwise):
                     note = f"left dense: {type(module).__name__} is no layer that a form can stand for"
                     yield Layer(f"{name}.{own}", "", part, shape, str(Dense()), nbytes, nbytes, note=note)
 
+    def _made_of(self) -> str:
+        """What a message calls that which layers are made of."""
+        return str(self.form)
+
     def _check(self, job: Job, total: int, smallest: int) -> None:
         """Raise `BudgetError` where the least possible output is above the budget."""
         if smallest > total:
             share = smallest / job.input_bytes
-            raise BudgetError(f"the budget {job.budget} is {total} bytes; with {self.form} on these layers the smallest possible is {smallest} bytes ({share:.3f} of the input)")  # fmt: skip # noqa: E501
+            raise BudgetError(f"the budget {job.budget} is {total} bytes; with {self._made_of()} on these layers the smallest possible is {smallest} bytes ({share:.3f} of the input)")  # fmt: skip # noqa: E501
 
     def _rungs(self, job: Job, layers: Mapping[str, Layer]) -> dict[str, Curve]:
         """The bytes that each layer's form can take, told before anything is fitted; errors are not known yet."""
